@@ -1,0 +1,1 @@
+"""From point folders to tidy DataFrames. Reads files only: no torch, no GPU, nothing of the measuring side."""

@@ -1,0 +1,242 @@
+"""Throughput points as a tidy table: one row a point, every column with its unit in its name."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from tunescope import flops, paper, results
+from tunescope.analyze.intervals import bootstrap_ratio
+from tunescope.analyze.slices import add_extrapolation
+from tunescope.config import Point
+from tunescope.errors import UserError
+from tunescope.hardware import Device, UnknownDevice, find_device
+
+GIB = 2**30
+UNREADABLE = "unreadable"
+
+# Bits of NVML's throttle reasons (nvml.h, nvmlClocksThrottleReasons) that mean "slower than it could be". Idle and
+# settings of the user are not among them.
+SLOWED_REASONS = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
+
+COLUMNS = (
+    "model", "dataset", "sparsity", "top_k", "num_experts", "per_device_batch_size", "seq_len_tokens", "preset",
+    "num_layers", "total_layers", "weights", "data", "tokenizer", "moe", "device", "status", "cause",
+    "queries_per_s", "queries_per_s_low", "queries_per_s_high", "interval_width_pct", "num_timed_steps",
+    "num_warmup_steps", "step_s", "tokens_per_s", "padded_tokens_per_s", "queries_per_train_runtime_s", "mfu_pct",
+    "hfu_pct", "peak_allocated_gib", "peak_reserved_gib", "gpu_energy_j_per_query", "gpu_power_w", "sm_clock_mhz",
+    "slowed_frac", "slowed_by", "num_other_processes", "queries_per_s_all_layers", "queries_per_s_all_layers_low",
+    "queries_per_s_all_layers_high", "paper_a40_queries_per_s", "ratio_to_paper", "clock", "compute_dtype", "attention",
+    "driver", "power_limit_w", "torch", "git_revision", "recipe_hash", "point_id", "folder",
+)  # fmt: skip
+
+
+def throughput(folder: Path) -> pd.DataFrame:
+    """Every throughput point at or below `folder`, one row each with COLUMNS, in the figure's order.
+
+    A point that cannot be read is a row with status `unreadable` and its cause. Raises UserError if there is no such
+    folder or no point in it.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no folder {folder}",
+            cause="the path is mistyped, or nothing has been measured yet",
+            cure="run ./mixtral_tp.sh; it ends by printing the folder to give here",
+        )
+    rows = [_row(path) for path in results.find_point_folders(folder)]
+    if not rows:
+        unfinished = len(results.find_unfinished(folder))
+        raise UserError(
+            f"{folder} holds no measured point",
+            cause=f"{unfinished} were begun and not finished" if unfinished else "it is empty, or not a results folder",
+            cure="run ./mixtral_tp.sh; it ends by printing the folder to give here",
+        )
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    table = add_extrapolation(table)
+    return _with_paper(table).iloc[_figure_order(table)].reset_index(drop=True)
+
+
+def _row(path: Path) -> dict[str, Any]:
+    try:
+        found = results.read_point(path)
+        if found.point.get("kind") != "throughput":
+            raise results.PointFormatError(
+                f"{path} holds a point of kind {found.point.get('kind')!r}, not throughput",
+                cure="use that figure's parser",
+            )
+        return _identity(found) | (_measured(found) if found.status == "ok" else {})
+    except results.PointFormatError as error:
+        return {
+            "status": UNREADABLE,
+            "cause": f"{error.what}. {error.cause}".strip(),
+            "point_id": path.name,
+            "folder": str(path),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        # Its files are whole but lack what this version wrote into every one of them.
+        cause = f"{path} is not a point of this program ({type(error).__name__}: {error})"
+        return {"status": UNREADABLE, "cause": cause, "point_id": path.name, "folder": str(path)}
+
+
+def _identity(found: results.PointFolder) -> dict[str, Any]:
+    point = Point(**found.point["point"])
+    gpu = found.environment.get("gpu") or {}
+    nvml = gpu.get("nvml") or {}
+    row = {
+        **point.to_json(),
+        "sparsity": point.sparsity,
+        "num_experts": found.point["model_config"]["num_local_experts"],
+        "weights": found.point["weights"]["kind"],
+        "data": found.point["data"]["kind"],
+        "moe": found.point["moe"],
+        "device": found.environment["device"],
+        "driver": nvml.get("driver_version"),
+        "power_limit_w": nvml.get("power_limit_w"),
+        "torch": found.environment["packages"].get("torch"),
+        "git_revision": found.environment.get("git_revision"),
+        "recipe_hash": found.point["recipe_hash"],
+        "point_id": found.point["point_id"],
+        "folder": str(found.path),
+    }
+    for key in ("status", "cause", "tokenizer", "clock", "compute_dtype", "attention"):
+        row[key] = found.outcome.get(key)
+    for key in ("peak_allocated", "peak_reserved"):
+        num_bytes = found.outcome.get(f"{key}_bytes")
+        row[f"{key}_gib"] = None if num_bytes is None else num_bytes / GIB
+    return row
+
+
+def _measured(found: results.PointFolder) -> dict[str, Any]:
+    assert found.steps is not None
+    columns = {name: found.steps[name].to_numpy() for name in found.steps.column_names}
+    timed = ~columns["is_warmup"].astype(bool)
+    if not timed.any():
+        raise results.PointFormatError(f"{found.path / results.STEPS_FILE} holds no timed step")
+    timed_steps = {name: values[timed] for name, values in columns.items()}
+    seconds = timed_steps["duration_ns"] / 1e9
+    if not (seconds > 0).all():
+        raise results.PointFormatError(f"{found.path / results.STEPS_FILE} holds a step of no duration")
+    total_s = float(seconds.sum())
+    queries_per_s, low, high = bootstrap_ratio(timed_steps["num_queries"], seconds)
+    energy_j = found.outcome["gpu_energy_j"]
+    row = {
+        "queries_per_s": queries_per_s,
+        "queries_per_s_low": low,
+        "queries_per_s_high": high,
+        "interval_width_pct": 100 * (high - low) / queries_per_s,
+        "num_timed_steps": int(timed.sum()),
+        "num_warmup_steps": int((~timed).sum()),
+        "step_s": total_s / len(seconds),
+        "tokens_per_s": float(timed_steps["tokens"].sum()) / total_s,
+        "padded_tokens_per_s": float(timed_steps["padded_tokens"].sum()) / total_s,
+        "queries_per_train_runtime_s": float(columns["num_queries"].sum()) / (found.outcome["train_runtime_ns"] / 1e9),
+        "gpu_energy_j_per_query": None if energy_j is None else energy_j / float(timed_steps["num_queries"].sum()),
+        "gpu_power_w": None if energy_j is None else energy_j / total_s,
+    }
+    return row | _utilisation(found, timed_steps, total_s) | _gpu_state(found.path)
+
+
+def _utilisation(found: results.PointFolder, timed: dict[str, np.ndarray], total_s: float) -> dict[str, float | None]:
+    """MFU and HFU against the GPU's dense bf16 peak; None without a GPU or for one that is not in the table."""
+    device = _device(found.environment)
+    if device is None:
+        return {"mfu_pct": None, "hfu_pct": None}
+    forward = flops.forward_flop(found.point["model_config"], found.point["recipe"])
+    slots = timed["padded_tokens"].astype(float)
+    lengths = timed["seq_len_tokens"].astype(float)
+    tokens = timed["tokens"].astype(float)
+    # A causal query of n tokens sees n * n / 2 keys; queries of one batch are taken as of equal real length.
+    real_keys = float((tokens * tokens / timed["num_queries"]).sum()) / 2
+    model_flop = flops.train_flop(forward, float(tokens.sum()), real_keys, recompute=False)
+    hardware_flop = flops.train_flop(
+        forward,
+        float(slots.sum()),
+        float((slots * lengths).sum()) / 2,
+        recompute=_recomputes(found.point["recipe"]),
+    )
+    peak = device.peak_bf16_flop_per_s * total_s
+    return {"mfu_pct": 100 * model_flop / peak, "hfu_pct": 100 * hardware_flop / peak}
+
+
+def _recomputes(recipe: dict[str, Any]) -> bool:
+    return not recipe.get("disable_gradient_checkpointing", False)
+
+
+def _device(environment: dict[str, Any]) -> Device | None:
+    gpu = environment.get("gpu")
+    if gpu is None:
+        return None
+    try:
+        return find_device(gpu["name"], gpu["memory_total_bytes"] / GIB)
+    except UnknownDevice:
+        return None
+
+
+def _gpu_state(path: Path) -> dict[str, Any]:
+    """Clock, throttling and company of the GPU while the point ran, from the once-a-second samples."""
+    file = path / results.GPU_SAMPLES_FILE
+    if not file.is_file():
+        return {}
+    samples = results.read_arrow(file, results.GPU_SAMPLES_SCHEMA)
+    masks = samples["throttle_reasons_bitmask"].drop_null().to_numpy().astype(np.int64)
+    slowed = [name for bit, name in SLOWED_REASONS.items() if (masks & bit).any()]
+    return {
+        "sm_clock_mhz": _mean(samples["sm_clock_mhz"]),
+        "slowed_frac": float(((masks & sum(SLOWED_REASONS)) != 0).mean()) if len(masks) else None,
+        "slowed_by": ", ".join(slowed) or None,
+        "num_other_processes": pa.compute.max(samples["num_other_processes"]).as_py(),
+    }
+
+
+def _mean(column: pa.ChunkedArray) -> float | None:
+    return pa.compute.mean(column).as_py()
+
+
+def _with_paper(table: pd.DataFrame) -> pd.DataFrame:
+    """The paper's A40 beside each row, and the ratio where the row is of the paper's model at its full depth."""
+    known = table["status"] != UNREADABLE
+    table.loc[known, "paper_a40_queries_per_s"] = [
+        paper.a40_queries_per_s(row.model, row.dataset, int(row.top_k), int(row.per_device_batch_size))
+        if pd.isna(row.seq_len_tokens)
+        else None
+        for row in table[known].itertuples()
+    ]
+    ours = table["queries_per_s"].where(table["preset"] == "full", table["queries_per_s_all_layers"])
+    table["ratio_to_paper"] = pd.to_numeric(ours) / pd.to_numeric(table["paper_a40_queries_per_s"])
+    return table
+
+
+def _figure_order(table: pd.DataFrame) -> np.ndarray:
+    """Row numbers: by device and preset, the figure's bars in the figure's order, then the rest."""
+    bars = {
+        bar: place for model in set(table["model"].dropna()) for place, bar in enumerate(paper.figure8_order(model))
+    }
+
+    def key(number: int) -> tuple[Any, ...]:
+        row = table.iloc[number]
+        if row["status"] == UNREADABLE:
+            return (1, str(row["folder"]))
+        bar = (row["dataset"], int(row["top_k"]), int(row["per_device_batch_size"]))
+        length = 0 if pd.isna(row["seq_len_tokens"]) else int(row["seq_len_tokens"])
+        # The paper labels its bars with batch sizes that its own sweep contradicts; order follows the labels.
+        place = bars.get(bar, len(bars)) if not length else len(bars)
+        rest = (row["dataset"], -int(row["top_k"]), length, int(row["per_device_batch_size"]))
+        return (
+            0,
+            row["model"],
+            str(row["device"]),
+            row["preset"],
+            place,
+            *rest,
+            -int(row["num_layers"]),
+        )
+
+    return np.array(sorted(range(len(table)), key=key), dtype=int)

@@ -1,0 +1,240 @@
+"""Which checkpoints the study uses, and what of them this machine holds. No network, no torch.
+
+The table below is the one place that names a Hub repository, its commit and the files wanted.
+Snapshots lie where huggingface_hub puts them: HUB_CACHE/models--OWNER--NAME/snapshots/COMMIT.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunescope.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubRepo:
+    """A Hub repository at one commit, and the files of it that are wanted.
+
+    patterns: shell-style, against the file's path in the repository.
+    required: without these a snapshot is no use; weights are checked apart from them.
+    """
+
+    repo_id: str
+    revision: str
+    patterns: tuple[str, ...]
+    required: tuple[str, ...]
+    holds_weights: bool
+
+
+# The patterns leave out second copies of the weights (Mixtral's consolidated.*.pt) and gpt-neox's
+# own weights: BlackMamba uses only its tokenizer.
+MIXTRAL = HubRepo(
+    repo_id="mistralai/Mixtral-8x7B-v0.1",
+    revision="fc7ac94680e38d7348cfa806e51218e6273104b0",  # head of main since 2025-07-24
+    patterns=(
+        "config.json",
+        "generation_config.json",
+        "model-*.safetensors",
+        "model.safetensors.index.json",
+        "special_tokens_map.json",
+        "tokenizer*",
+    ),
+    required=("config.json", "tokenizer.json", "tokenizer_config.json"),
+    holds_weights=True,
+)
+BLACKMAMBA = HubRepo(
+    repo_id="Zyphra/BlackMamba-2.8B",
+    revision="521a77772f0d4052fd9846846471d0d2517739d2",  # the commit the study's launchers name
+    patterns=("config.json", "pytorch_model.bin"),
+    required=("config.json",),
+    holds_weights=True,
+)
+GPT_NEOX_TOKENIZER = HubRepo(
+    repo_id="EleutherAI/gpt-neox-20b",
+    revision="c292233c833e336628618a88a648727eb3dff0a7",
+    patterns=(
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    ),
+    required=("tokenizer.json", "tokenizer_config.json"),
+    holds_weights=False,
+)
+
+# The checkpoint first; the tokenizer is in the last one.
+REPOS: dict[str, tuple[HubRepo, ...]] = {
+    "mixtral": (MIXTRAL,),
+    "blackmamba": (BLACKMAMBA, GPT_NEOX_TOKENIZER),
+}
+
+WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def repos_of(model: str) -> tuple[HubRepo, ...]:
+    """The repositories a model is made of. Raises UserError for a model not in the table."""
+    if model not in REPOS:
+        raise UserError(
+            f"There is no checkpoint for model {model!r}.",
+            cause="the table in src/tunescope/checkpoints.py does not have it.",
+            cure=f"choose from {', '.join(REPOS)}.",
+        )
+    return REPOS[model]
+
+
+def hub_cache(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where huggingface_hub keeps repositories, by its own rules.
+
+    HF_HUB_CACHE, else HF_HOME/hub, else huggingface/hub under XDG_CACHE_HOME or ~/.cache.
+    """
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if environ.get(name):
+            return _expanded(environ[name])
+    if environ.get("HF_HOME"):
+        return _expanded(environ["HF_HOME"]) / "hub"
+    return _expanded(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface" / "hub"
+
+
+def repo_folder(cache: Path, repo_id: str) -> Path:
+    """A repository's folder in the Hub cache."""
+    return cache / ("models--" + repo_id.replace("/", "--"))
+
+
+def find_checkpoint(model: str, cache: Path | None = None) -> Path | None:
+    """The folder of a model's complete checkpoint, or None; its name is the commit.
+
+    The pinned commit comes first; then any other complete one, `main` before the rest, so that
+    weights fetched by another tool are not fetched again.
+    """
+    return _find(repos_of(model)[0], cache)
+
+
+def find_tokenizer(model: str, cache: Path | None = None) -> Path | None:
+    """The folder that holds a model's tokenizer, or None: for BlackMamba that of gpt-neox-20b."""
+    return _find(repos_of(model)[-1], cache)
+
+
+def why_incomplete(folder: Path, repo: HubRepo) -> str | None:
+    """What a snapshot lacks, in words; None if it is complete.
+
+    Names and non-zero sizes are enough: huggingface_hub names a file only once it is whole.
+    """
+    if not folder.is_dir():
+        return f"{folder} does not exist"
+    for name in repo.required:
+        if not _holds(folder, name):
+            return f"{folder} has no {name}"
+    if not repo.holds_weights:
+        return None
+    try:
+        _read_json(folder / "config.json")
+        shards = _weight_files(folder)
+    except UserError as error:
+        return error.what.rstrip(".")
+    if shards is None:
+        return f"{folder} has no weights ({', '.join(WEIGHT_INDEXES + WEIGHT_FILES)})"
+    lacking = [name for name in shards if not _holds(folder, name)]
+    return _lacks(folder, lacking, shards) if lacking else None
+
+
+def check_model_dir(folder: Path) -> None:
+    """Raise UserError unless a folder named by the user can be loaded as a model.
+
+    It needs a config.json that is a JSON object, and every shard that its weight index names. A
+    folder with a config and no weights at all passes: it describes a model to be filled at random.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is not a folder.",
+            cause="the model path is misspelt, or it is a Hub name, which is not looked up here.",
+            cure="give the folder that holds config.json, or fetch the checkpoint with `python model_download.py`.",
+        )
+    if not _holds(folder, "config.json"):
+        raise UserError(
+            f"{folder} has no config.json.",
+            cause="it is the folder above or below the model's, or the download did not finish.",
+            cure="give the folder that holds config.json (in the Hub cache: snapshots/<commit>).",
+        )
+    _read_json(folder / "config.json")
+    shards = _weight_files(folder) or []
+    lacking = [name for name in shards if not _holds(folder, name)]
+    if lacking:
+        raise UserError(
+            f"{_lacks(folder, lacking, shards)}.",
+            cause="the download or the copy of this model did not finish.",
+            cure="fetch it again: what is already there is kept.",
+        )
+
+
+def _find(repo: HubRepo, cache: Path | None) -> Path | None:
+    base = repo_folder(cache or hub_cache(), repo.repo_id)
+    snapshots = base / "snapshots"
+    main = base / "refs" / "main"
+    commits = [repo.revision]
+    if main.is_file():
+        commits.append(main.read_text().strip())
+    if snapshots.is_dir():
+        commits += sorted(folder.name for folder in snapshots.iterdir())
+    for commit in commits:
+        if commit and why_incomplete(snapshots / commit, repo) is None:
+            return snapshots / commit
+    return None
+
+
+def _weight_files(folder: Path) -> list[str] | None:
+    """Names of the weight files a folder should hold; None if it speaks of no weights.
+
+    They are those of its index, else the single file. Raises UserError for a senseless index.
+    """
+    for index_name in WEIGHT_INDEXES:
+        path = folder / index_name
+        if not path.is_file():
+            continue
+        weight_map = _read_json(path).get("weight_map")
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        # A shard lies beside its index. Anything else is not ours to open.
+        if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+            raise UserError(
+                f"{path} is not a weight index.",
+                cause="its weight_map is missing, empty, or names files outside its folder.",
+                cure="fetch the model again from where it came.",
+            )
+        return sorted(names)
+    return next(([name] for name in WEIGHT_FILES if _holds(folder, name)), None)
+
+
+def _lacks(folder: Path, lacking: list[str], shards: list[str]) -> str:
+    shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+    return f"{folder} lacks {len(lacking)} of {len(shards)} weight files: {shown}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
+        raise UserError(
+            f"{path} cannot be read as JSON ({error}).",
+            cause="the file is cut short, or a web page saved under its name.",
+            cure="fetch it again.",
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} holds no JSON object.",
+            cause="it is another file under this name.",
+            cure="fetch it again.",
+        )
+    return content
+
+
+def _holds(folder: Path, name: str) -> bool:
+    path = folder / name
+    return path.is_file() and path.stat().st_size > 0  # false for a link whose target is gone
+
+
+def _expanded(path: str) -> Path:
+    return Path(os.path.expandvars(path)).expanduser()

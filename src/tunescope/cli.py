@@ -1,0 +1,191 @@
+"""The command line: `python -m tunescope`. Each command imports its own half of the project only when called."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import click
+import typer
+
+from tunescope import __version__
+from tunescope.config import POINTS_HELP, PROFILE_FOLDER
+from tunescope.errors import UserError
+
+INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help=__doc__,
+)
+run_app = typer.Typer(no_args_is_help=True, help="Measure the points of a figure; finished ones are skipped.")
+table_app = typer.Typer(no_args_is_help=True, help="Print a figure's table from measured points.")
+app.add_typer(run_app, name="run")
+app.add_typer(table_app, name="table")
+
+
+@run_app.command("throughput")
+def run_throughput(
+    model: Annotated[str, typer.Option(help="mixtral")] = "mixtral",
+    preset: Annotated[str, typer.Option(help="auto, full, slice or tiny")] = "auto",
+    gpu: Annotated[int | None, typer.Option(help="which of the visible GPUs; the first if not given")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder of results; profile_data/MODEL/throughput if not given"),
+    ] = None,
+    points: Annotated[list[str] | None, typer.Option(help=POINTS_HELP)] = None,
+    queries: Annotated[
+        int | None, typer.Option(help="train exactly so many queries; 1000 is the paper's protocol")
+    ] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="a data file, FILE or NAME=FILE; repeatable")] = None,
+    model_path: Annotated[
+        Path | None, typer.Option(help="folder of a Mixtral checkpoint or just its config.json")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the points and stop")] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="measure again what is done; old results move to superseded/"),
+    ] = False,
+    reentrant: Annotated[
+        bool, typer.Option("--reentrant", help="reentrant gradient checkpointing (the study: not)")
+    ] = False,
+    memory_budget_gib: Annotated[float | None, typer.Option(help="use no more GPU memory than this")] = None,
+) -> None:
+    """Figure 8: fine-tuning throughput, dense and sparse, by batch size."""
+    from tunescope.measure.plan import Options, make_plan
+    from tunescope.measure.sweep import is_done, run_sweep
+
+    options = Options(
+        model=model,
+        preset=preset,
+        gpu=gpu,
+        points=None if points is None else " ".join(points),
+        queries=queries,
+        datasets=tuple(dataset or ()),
+        model_path=model_path,
+        reentrant=reentrant,
+        memory_budget_gib=memory_budget_gib,
+    )
+    plan = make_plan(options)
+    out_dir = out if out is not None else PROJECT_ROOT / "profile_data" / PROFILE_FOLDER[model] / "throughput"
+    if dry_run:
+        typer.echo(f"preset {plan.size.preset}: {plan.size.reason}; results in {out_dir}")
+        for spec in plan.specs:
+            state = "done, skipped" if is_done(spec, out_dir) and not fresh else "to run"
+            typer.echo(
+                f"{spec.point_id}  ({spec.workload.point.label}; weights {spec.weights['kind']}, "
+                f"data {spec.data['kind']})  {state}"
+            )
+        return
+    typer.echo(f"preset {plan.size.preset}: {plan.size.reason}", err=True)
+    counts = run_sweep(plan, out_dir, fresh=fresh)
+    typer.echo(f"Table: python3 throughput.py {_short(out_dir)}")
+    if counts.get("failed"):
+        raise typer.Exit(1)
+
+
+@table_app.command("throughput")
+def table_throughput(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder with measured points, at any depth")],
+    format: Annotated[str, typer.Option(help="text, csv or json")] = "text",
+) -> None:
+    """Figure 8: queries/s, one row a bar, the paper's A40 beside it."""
+    from tunescope.report.throughput import print_throughput
+
+    if not print_throughput(folder, format):
+        raise typer.Exit(UserError.EXIT_CODE)
+
+
+@app.command("train", context_settings={"allow_interspersed_args": True})
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a LLaMA-Factory YAML file")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the recipe's"),
+    ] = None,
+) -> None:
+    """Run one recipe as it stands, with this project's models registered. Measures nothing."""
+    from tunescope.train.recipe import load_recipe, with_overrides
+
+    settings = with_overrides(load_recipe(recipe), overrides or [])
+    from tunescope.train.run_recipe import run_recipe
+
+    run_recipe(settings, recipe)
+
+
+@app.command("download")
+def download_models(
+    model: Annotated[
+        list[str] | None, typer.Option(help="mixtral or blackmamba; repeatable; both if not given")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be fetched and stop")] = False,
+) -> None:
+    """Fetch the checkpoints from the Hub into HF_HOME; resumes where it was interrupted."""
+    from tunescope.checkpoints import REPOS
+    from tunescope.download import download
+
+    download(model or list(REPOS), dry_run=dry_run, hf_home=None, echo=typer.echo)
+
+
+@app.command("doctor")
+def doctor() -> None:
+    """Say what this machine has, what is missing, and which preset `auto` takes."""
+    from tunescope.doctor import examine
+
+    for line in examine():
+        typer.echo(line)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Where the time, memory, energy and money of fine-tuning an LLM go."""
+
+
+def _short(path: Path) -> str:
+    """A path as the user would type it from where they are."""
+    try:
+        return f"./{path.resolve().relative_to(Path.cwd().resolve())}"
+    except ValueError:
+        return str(path)
+
+
+def main() -> NoReturn:
+    """Runs the command line; a UserError becomes a paragraph on stderr and exit code 2."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(app(prog_name="tunescope", standalone_mode=False) or 0)
+    except UserError as error:
+        print(f"tunescope: {error}", file=sys.stderr)
+        sys.exit(UserError.EXIT_CODE)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print(
+            "tunescope: stopped; finished points are kept, run the same command again to go on",
+            file=sys.stderr,
+        )
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    except BrokenPipeError:  # `| head` closed our output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _terminate(*_: object) -> NoReturn:
+    """SIGTERM leaves through the same door as Ctrl-C, so that a scheduler's stop tidies up too."""
+    raise KeyboardInterrupt

@@ -1,0 +1,165 @@
+"""Experiments as data: a Point is one measured run, a grid is a figure's list of them. No torch here."""
+
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from tunescope import paper
+from tunescope.errors import UserError
+
+PRESETS = ("full", "slice", "tiny")
+NUM_EXPERTS = {"mixtral": 8}
+SPARSE_TOP_K = 2  # the paper's "sparse"; its "dense" is every expert
+MAX_BATCH = 65_536
+MAX_SEQ_LEN_TOKENS = 32_768
+# Folder of a model's results under profile_data/.
+PROFILE_FOLDER = {"mixtral": "mixtral"}
+PAPER_DATASETS = ("cs", "math")
+
+POINTS_HELP = (
+    "DATASET:SPARSITY:bs=N[,N...][:seq=N], with SPARSITY sparse, dense or k=N; several separated by spaces "
+    "or ';'; 'paper' stands for the figure's own points. Example: 'cs:sparse:bs=1,2,4,8,16 math:dense:bs=1'"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One bar of one figure, at one size of the model.
+
+    per_device_batch_size: queries per micro-step on one GPU.
+    seq_len_tokens: every query padded or cut to exactly this length; None: each its own length.
+    num_layers: decoder layers actually run; fewer than `total_layers` only in preset slice.
+    """
+
+    model: str
+    dataset: str
+    top_k: int
+    per_device_batch_size: int
+    seq_len_tokens: int | None = None
+    preset: str = "full"
+    num_layers: int = 32
+    total_layers: int = 32
+
+    def __post_init__(self) -> None:
+        check_point(self)
+
+    @property
+    def sparsity(self) -> str:
+        """The paper's label: `sparse` (top-2), `dense` (all experts), otherwise `top-k`."""
+        if self.top_k == NUM_EXPERTS[self.model]:
+            return "dense"
+        return "sparse" if self.top_k == SPARSE_TOP_K else f"top-{self.top_k}"
+
+    @property
+    def label(self) -> str:
+        """Short name for people: `cs sparse batch 8`, with the length where it is fixed."""
+        length = f" length {self.seq_len_tokens}" if self.seq_len_tokens else ""
+        depth = f" {self.num_layers}/{self.total_layers} layers" if self.preset == "slice" else ""
+        return f"{self.dataset} {self.sparsity} batch {self.per_device_batch_size}{length}{depth}"
+
+    def point_id(self, device_slug: str) -> str:
+        """Folder name. Holds the preset and the device, so that no machine overwrites another's result."""
+        parts = [self.dataset, f"k{self.top_k}", f"b{self.per_device_batch_size}"]
+        if self.seq_len_tokens:
+            parts.append(f"s{self.seq_len_tokens}")
+        parts.append(self.preset + (str(self.num_layers) if self.preset == "slice" else ""))
+        return "-".join([*parts, device_slug])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_point(point: Point) -> None:
+    """Raises UserError naming the field, its value and the range allowed."""
+    if point.model not in NUM_EXPERTS:
+        raise UserError(f"model {point.model!r} is unknown", cure=f"use one of {', '.join(NUM_EXPERTS)}")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.]*", point.dataset):
+        raise UserError(
+            f"data set name {point.dataset!r} cannot be a folder name",
+            cure="use small letters, digits, '_' and '.', starting with a letter or digit",
+        )
+    limits = {
+        "top_k": NUM_EXPERTS[point.model],
+        "per_device_batch_size": MAX_BATCH,
+        "seq_len_tokens": MAX_SEQ_LEN_TOKENS,
+        "num_layers": point.total_layers,
+    }
+    for field, largest in limits.items():
+        value = getattr(point, field)
+        if value is not None and not 1 <= value <= largest:
+            raise UserError(f"{field} is {value}; it must be from 1 to {largest}")
+    if point.preset not in PRESETS:
+        raise UserError(f"preset {point.preset!r} is unknown", cure=f"use one of auto, {', '.join(PRESETS)}")
+
+
+def paper_points(model: str) -> list[Point]:
+    """The points of Figure 8 in the figure's order, batch sizes as its launchers ran them."""
+    return [
+        Point(model=model, dataset=dataset, top_k=top_k, per_device_batch_size=batch)
+        for dataset, top_k, batch in paper.figure8_order(model)
+    ]
+
+
+def parse_points(text: str, model: str) -> list[Point]:
+    """`--points`: see POINTS_HELP. Order is kept, repeats are dropped. Raises UserError."""
+    points: list[Point] = []
+    for item in re.split(r"[\s;]+", text.strip()):
+        if item:
+            points += paper_points(model) if item == "paper" else _parse_item(item, model)
+    if not points:
+        raise UserError("--points names no point", cure=POINTS_HELP)
+    return list(dict.fromkeys(points))
+
+
+def _parse_item(item: str, model: str) -> list[Point]:
+    match = re.fullmatch(
+        r"(?P<dataset>[^:]+):(?P<sparsity>sparse|dense|k=\d+):bs=(?P<batches>\d+(?:,\d+)*)(?::seq=(?P<seq>\d+))?",
+        item,
+    )
+    if match is None:
+        raise UserError(f"point {item!r} is not understood", cure=POINTS_HELP)
+    sparsity = match["sparsity"]
+    top_k = {"sparse": SPARSE_TOP_K, "dense": NUM_EXPERTS[model]}.get(sparsity)
+    return [
+        Point(
+            model=model,
+            dataset=match["dataset"],
+            top_k=int(sparsity.removeprefix("k=")) if top_k is None else top_k,
+            per_device_batch_size=int(batch),
+            seq_len_tokens=int(match["seq"]) if match["seq"] else None,
+        )
+        for batch in match["batches"].split(",")
+    ]
+
+
+def points_at_depths(points: list[Point], preset: str, depths: list[int], total_layers: int) -> list[Point]:
+    """The same bars in a preset, once per depth (preset slice measures two, to extrapolate between)."""
+    return [
+        replace(point, preset=preset, num_layers=depth, total_layers=total_layers)
+        for point in points
+        for depth in depths
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How long one point is measured.
+
+    Without `num_queries`: after `num_warmup_steps`, at least `min_timed_steps`, then until the 95 % interval
+    of queries/s is narrower than `interval_frac` of the mean, or `max_timed_steps`.
+    With `num_queries`: one epoch over exactly that many queries (1000: the paper's protocol).
+    """
+
+    num_queries: int | None = None
+    num_warmup_steps: int = 3
+    min_timed_steps: int = 20
+    max_timed_steps: int = 600
+    interval_frac: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.num_queries is not None and self.num_queries < 1:
+            raise UserError(f"--queries is {self.num_queries}; it must be at least 1")
+
+
+# On two shared CPU cores the interval is noise of the machine: the tiny preset shows that all works, briefly.
+TINY_PROTOCOL = Protocol(max_timed_steps=20)

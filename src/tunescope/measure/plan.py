@@ -1,0 +1,275 @@
+"""From a launcher's flags to the list of points to measure. No torch: this also serves --dry-run and resuming."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tunescope import checkpoints, config, paper
+from tunescope.config import Point, Protocol
+from tunescope.data import files
+from tunescope.errors import UserError
+from tunescope.gpus import Gpu, driver_is_too_old, list_gpus
+from tunescope.measure.environment import cpu_name, package_versions
+from tunescope.models import architectures
+from tunescope.models.architectures import Size
+from tunescope.results import SCHEMA_VERSION
+from tunescope.train import recipe as recipes
+from tunescope.train.workload import Workload
+
+# Enough that the stratified sample has the histogram's shape; tiny trades that for a quick start.
+NUM_SAMPLES = 1000
+NUM_SAMPLES_TINY = 256
+MOE_STOCK = "stock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The flags of a `run` command; None and empty mean not given."""
+
+    model: str = "mixtral"
+    preset: str = "auto"
+    gpu: int | None = None
+    points: str | None = None
+    queries: int | None = None
+    datasets: tuple[str, ...] = ()
+    model_path: Path | None = None
+    reentrant: bool = False
+    memory_budget_gib: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointSpec:
+    """All that the process of one point needs, and what its folder says of it."""
+
+    point_id: str
+    workload: Workload
+    protocol: Protocol
+    weights: dict[str, Any]
+    data: dict[str, Any]
+    device: str
+    memory_budget_bytes: int | None
+
+    def identity(self) -> dict[str, Any]:
+        """Whatever changes this, changes what was measured: a result under another identity is not this point's."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "throughput",
+            **self.workload.to_json(),
+            "protocol": vars(self.protocol),
+            "weights": self.weights,
+            "data": self.data,
+            "moe": MOE_STOCK,
+            "device": self.device,
+            "memory_budget_bytes": self.memory_budget_bytes,
+            "stack": package_versions(),
+        }
+
+    def point_json(self) -> dict[str, Any]:
+        identity = self.identity()
+        return {"point_id": self.point_id, "recipe_hash": recipes.digest(identity), **identity}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Points in running order, the machine they run on, and the choice of preset with its reason."""
+
+    specs: list[PointSpec]
+    size: Size
+    gpu: Gpu | None
+    device: str
+
+
+def choose_gpu(index: int | None) -> Gpu | None:
+    """The GPU to use: `--gpu N` among the visible ones, else the first. None: the machine has none.
+
+    Raises UserError for one that is not there, a driver too old for this torch, or one that does not answer.
+    """
+    found = list_gpus()
+    if not found.gpus:
+        if found.problem is not None:
+            raise UserError(found.problem, cure="mend it, or hide the GPUs with CUDA_VISIBLE_DEVICES=''")
+        if index is not None:
+            raise UserError(f"--gpu {index}: no GPU was found", cure="see `python -m tunescope doctor`")
+        return None
+    if index is not None and not 0 <= index < len(found.gpus):
+        raise UserError(f"--gpu {index}: this machine shows GPUs 0 to {len(found.gpus) - 1}")
+    gpu = found.gpus[index or 0]
+    if driver_is_too_old(gpu.driver_version) and not _torch_is_for_another_cuda():
+        raise UserError(
+            f"the NVIDIA driver is {gpu.driver_version}, and PyTorch's CUDA 13 build needs 580 or newer",
+            cause="on an older driver PyTorch sees no GPU",
+            cure="update the driver; or, to run the tiny preset on the CPU, hide the GPU with CUDA_VISIBLE_DEVICES=''",
+        )
+    return gpu
+
+
+def _torch_is_for_another_cuda() -> bool:
+    build = (package_versions(("torch",))["torch"] or "").partition("+")[2]
+    return bool(build) and not build.startswith("cu13")
+
+
+def make_plan(options: Options) -> Plan:
+    """Every point with all its settings. Raises UserError before anything is started or written."""
+    points = (
+        config.paper_points(options.model)
+        if options.points is None
+        else config.parse_points(options.points, options.model)
+    )
+    gpu = choose_gpu(options.gpu)
+    data = _data_files(options.datasets)
+    if options.points is None:
+        points = _points_for_files(points, data)
+    recipe = recipes.load_recipe(recipes.recipe_folder() / recipes.RECIPES[options.model])
+    recipe["use_reentrant_gc"] = options.reentrant
+
+    model_dir = _model_dir(options)
+    base = _checked_config(model_dir) if model_dir else architectures.built_in_config("full")
+    memory_bytes = architectures.with_budget(gpu.memory_total_bytes if gpu else None, options.memory_budget_gib)
+    size = architectures.choose_size(
+        base,
+        options.preset,
+        memory_bytes,
+        gpu_name=gpu.name if gpu else "",
+        own_model=options.model_path is not None,
+    )
+    if size.preset == "tiny":
+        base, model_dir = architectures.built_in_config("tiny"), None
+    weights = _weights_facts(model_dir)
+    device = gpu.name if gpu else cpu_name()
+    specs = [
+        _spec(point, options, recipe, base, model_dir, weights, data, gpu, device)
+        for point in config.points_at_depths(points, size.preset, list(size.depths), size.total_layers)
+    ]
+    return Plan(specs=specs, size=size, gpu=gpu, device=device)
+
+
+def _spec(
+    point: Point,
+    options: Options,
+    recipe: dict[str, Any],
+    base: dict[str, Any],
+    model_dir: Path | None,
+    weights: dict[str, Any],
+    data: dict[str, Path],
+    gpu: Gpu | None,
+    device: str,
+) -> PointSpec:
+    protocol = replace(config.TINY_PROTOCOL if point.preset == "tiny" else Protocol(), num_queries=options.queries)
+    if options.queries is None:
+        num_samples = NUM_SAMPLES_TINY if point.preset == "tiny" else NUM_SAMPLES
+        max_steps = protocol.num_warmup_steps + protocol.max_timed_steps
+    else:
+        num_samples, max_steps = options.queries, None
+    data_file, data_facts = _data_for(point, data)
+    workload = Workload(
+        point=point,
+        recipe=recipe,
+        model_config=architectures.config_at(base, point.num_layers, point.top_k),
+        model_dir=str(model_dir) if model_dir else None,
+        data_file=data_file,
+        num_samples=num_samples,
+        max_steps=max_steps,
+        use_cpu=gpu is None,
+    )
+    budget_bytes = None if options.memory_budget_gib is None else round(options.memory_budget_gib * architectures.GIB)
+    return PointSpec(
+        point_id=point.point_id(device_slug(gpu)),
+        workload=workload,
+        protocol=protocol,
+        weights=weights,
+        data=data_facts,
+        device=device,
+        memory_budget_bytes=budget_bytes if gpu else None,
+    )
+
+
+def device_slug(gpu: Gpu | None) -> str:
+    """Part of a folder's name: `nvidia-h200`, `cpu`."""
+    return "cpu" if gpu is None else "-".join("".join(c if c.isalnum() else " " for c in gpu.name.lower()).split())
+
+
+# --- data ---
+
+
+def _data_files(given: Sequence[str]) -> dict[str, Path]:
+    """Data set name -> file, from `--dataset FILE` or `NAME=FILE`, and the study's files where they lie in data/."""
+    data_dir = recipes.recipe_folder() / "data"
+    found = {name: data_dir / file for name, file in files.REAL_FILES.items() if (data_dir / file).is_file()}
+    for item in given:
+        name, separator, path = item.partition("=")
+        file = Path(path if separator else item).expanduser()
+        found[name if separator else files.dataset_name(file)] = file
+    return found
+
+
+def _points_for_files(points: list[Point], data: dict[str, Path]) -> list[Point]:
+    """The figure's points, and for a data set that is not the paper's the points of its CS group."""
+    own = [name for name in data if name not in config.PAPER_DATASETS]
+    if not own:
+        return points
+    return [replace(point, dataset=name) for name in own for point in points if point.dataset == "cs"]
+
+
+def _data_for(point: Point, data: dict[str, Path]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The engine's description of a point's file (None: synthetic) and the facts for its folder."""
+    file = data.get(point.dataset)
+    if file is not None and point.seq_len_tokens is None:
+        info = files.check_dataset_file(file)
+        return {"dataset_info": info}, {
+            "kind": "file",
+            "name": file.name,
+            "sha256": files.sha256_hex(file),
+        }
+    if point.seq_len_tokens is not None:
+        return None, {"kind": "synthetic", "lengths": "fixed"}
+    try:
+        paper.length_histogram(point.dataset)
+    except KeyError:
+        raise UserError(
+            f"there is no data for data set {point.dataset!r}",
+            cause=f"synthetic queries exist only for {' and '.join(config.PAPER_DATASETS)}",
+            cure=f"give a file: --dataset {point.dataset}=FILE",
+        ) from None
+    return None, {"kind": "synthetic", "lengths": "histogram of the paper's Figure 2"}
+
+
+# --- model ---
+
+
+def _model_dir(options: Options) -> Path | None:
+    if options.model_path is not None:
+        checkpoints.check_model_dir(options.model_path)
+        return options.model_path
+    return checkpoints.find_checkpoint(options.model) if options.preset != "tiny" else None
+
+
+def _checked_config(model_dir: Path) -> dict[str, Any]:
+    content = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    model_type, experts = content.get("model_type"), content.get("num_local_experts")
+    if model_type != "mixtral" or experts != config.NUM_EXPERTS["mixtral"]:
+        raise UserError(
+            f"{model_dir} holds a model of type {model_type!r} with {experts} experts",
+            cure="this launcher needs type mixtral with 8 experts",
+        )
+    return content
+
+
+def _weights_facts(model_dir: Path | None) -> dict[str, Any]:
+    if model_dir is None or not _has_weights(model_dir):
+        return {"kind": "random"}
+    index = model_dir / "model.safetensors.index.json"
+    facts: dict[str, Any] = {"kind": "checkpoint"}
+    if model_dir.parent.name == "snapshots":  # a Hub snapshot: its name is the commit
+        facts |= {
+            "repo": model_dir.parent.parent.name.removeprefix("models--").replace("--", "/"),
+            "revision": model_dir.name,
+        }
+    if index.is_file():
+        facts["index_sha256"] = files.sha256_hex(index)
+    return facts
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))

@@ -1,0 +1,170 @@
+"""A launcher's main loop: point after point, each in its own process, published whole. No torch in this process."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunescope import results
+from tunescope.errors import UserError
+from tunescope.gpus import Gpu
+from tunescope.locking import locked
+from tunescope.measure import worker
+from tunescope.measure.environment import cpu_name, git_revision, package_versions
+from tunescope.measure.faults import fault
+from tunescope.measure.gpu_sampler import GpuSampler
+from tunescope.measure.plan import Plan, PointSpec
+from tunescope.measure.progress import SweepProgress
+from tunescope.train.forkserver import ForkServer, ProcessEnd
+
+PRELOAD = ("tunescope.measure.preload",)
+# Measured once, these stand until the point's settings change; a failed point is tried again.
+_FINAL_STATUSES = ("ok", "oom")
+
+
+def is_done(spec: PointSpec, out_dir: Path) -> bool:
+    """Whether the folder of this point is whole, readable, and of exactly these settings."""
+    folder = out_dir / spec.point_id
+    if not (folder / results.POINT_FILE).is_file():
+        return False
+    try:
+        found = results.read_point(folder)
+    except results.PointFormatError:
+        return False
+    return found.status in _FINAL_STATUSES and found.point.get("recipe_hash") == spec.point_json()["recipe_hash"]
+
+
+def run_sweep(plan: Plan, out_dir: Path, *, fresh: bool) -> dict[str, int]:
+    """Measures every point that is not done yet (all, if fresh). Returns how many ended in each status.
+
+    Raises UserError if the folder is taken or cannot be written, or a point's input is at fault. Whatever ends it,
+    finished points stay and an unfinished one leaves nothing behind but a folder that the next run removes.
+    """
+    with locked(out_dir):
+        for leftover in results.find_unfinished(out_dir):
+            shutil.rmtree(leftover, ignore_errors=True)
+        todo = [spec for spec in plan.specs if fresh or not is_done(spec, out_dir)]
+        counts: dict[str, int] = {}
+        with SweepProgress(len(todo)) as progress:
+            if skipped := len(plan.specs) - len(todo):
+                progress.note(f"{skipped} of {len(plan.specs)} points are measured already and are skipped")
+            if not todo:
+                return counts
+            _choose_device(plan.gpu)
+            server = ForkServer(PRELOAD)
+            for spec in todo:
+                progress.start_point(spec.workload.point.label)
+                status, text = _run_point(spec, plan.gpu, out_dir, server, progress)
+                counts[status] = counts.get(status, 0) + 1
+                progress.end_point(text)
+        fault("table")
+        return counts
+
+
+def _choose_device(gpu: Gpu | None) -> None:
+    """Shows the chosen GPU, or none, to every process started from here on."""
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # so that the index means NVML's GPU and not the fastest
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if gpu is None else str(gpu.index)
+
+
+def _run_point(
+    spec: PointSpec, gpu: Gpu | None, out_dir: Path, server: ForkServer, progress: SweepProgress
+) -> tuple[str, str]:
+    """Runs and publishes one point. Returns its status and a line for people."""
+    try:
+        work_dir = results.start_unfinished(out_dir, spec.point_id)
+        results.write_json(work_dir / results.POINT_FILE, spec.point_json())
+    except OSError as error:
+        raise _cannot_write(error, out_dir) from None
+    try:
+        outcome = _run_process(spec, gpu, work_dir, server, progress.step)
+    except BaseException:  # Ctrl-C as well: nothing half-made stays
+        shutil.rmtree(work_dir, ignore_errors=True)
+        raise
+    try:
+        shutil.rmtree(work_dir / worker.SCRATCH, ignore_errors=True)
+        fault("publish", spec.point_id)
+        results.publish(work_dir, out_dir / spec.point_id)
+    except OSError as error:
+        raise _cannot_write(error, out_dir) from None
+    return outcome["status"], _line(outcome, out_dir / spec.point_id)
+
+
+def _run_process(
+    spec: PointSpec,
+    gpu: Gpu | None,
+    work_dir: Path,
+    server: ForkServer,
+    on_step: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Runs the point's process and completes its files where it could not. Returns the outcome."""
+    user_errors: list[UserError] = []
+
+    def on_message(message: Sequence[Any]) -> None:
+        if message[0] == "step":
+            on_step(message[1], message[2])
+        else:
+            user_errors.append(message[1])
+
+    sampler = GpuSampler(gpu)
+    end = server.run(
+        worker.measure_point,
+        (spec, work_dir),
+        log_file=work_dir / results.LOG_FILE,
+        on_message=on_message,
+        on_start=sampler.watching,
+    )
+    if user_errors:
+        raise user_errors[0]
+    try:
+        if sampler.rows:
+            results.write_arrow(work_dir / results.GPU_SAMPLES_FILE, sampler.rows, results.GPU_SAMPLES_SCHEMA)
+        if not _is_whole(work_dir / results.ENVIRONMENT_FILE):
+            results.write_json(work_dir / results.ENVIRONMENT_FILE, _outer_environment(spec))
+        if end.exit_code or not _is_whole(work_dir / results.OUTCOME_FILE):
+            outcome = {"status": "failed", "cause": _cause(end, work_dir)}
+            results.write_json(work_dir / results.OUTCOME_FILE, outcome)
+    except OSError as error:
+        raise _cannot_write(error, work_dir.parent) from None
+    return results.read_json(work_dir / results.OUTCOME_FILE)
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        results.read_json(file)
+    except results.PointFormatError:
+        return False
+    return True
+
+
+def _outer_environment(spec: PointSpec) -> dict[str, Any]:
+    """What can be said of the machine from outside, for a point whose process did not get to say it."""
+    return {
+        "git_revision": git_revision(),
+        "device": spec.device,
+        "cpu": cpu_name(),
+        "packages": package_versions(),
+    }
+
+
+def _cause(end: ProcessEnd, work_dir: Path) -> str:
+    if end.exit_code == 1:  # an exception: its last line is in the log
+        lines = (work_dir / results.LOG_FILE).read_text(errors="replace").strip().splitlines()
+        if lines:
+            return lines[-1][:500]
+    return end.cause
+
+
+def _line(outcome: dict[str, Any], folder: Path) -> str:
+    if outcome["status"] == "ok":
+        return "ok"
+    log = f"; log: {folder / results.LOG_FILE}" if outcome["status"] == "failed" else ""
+    return f"{outcome['status']}: {outcome['cause']}{log}"
+
+
+def _cannot_write(error: OSError, out_dir: Path) -> UserError:
+    if error.errno == errno.ENOSPC:
+        return results.disk_full(out_dir)
+    return UserError(f"cannot write to {out_dir}: {error.strerror}", cure="name another folder with --out")

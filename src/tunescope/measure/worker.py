@@ -1,0 +1,111 @@
+"""The process of one throughput point: trains, records, writes the point's files into its work folder."""
+
+import errno
+import resource
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from tunescope import results
+from tunescope.errors import UserError
+from tunescope.measure.faults import fault, fault_callback
+from tunescope.measure.plan import PointSpec
+
+SCRATCH = "scratch"
+PROGRESS_INTERVAL_S = 0.2
+
+
+def measure_point(connection: Connection, spec: PointSpec, work_dir: Path) -> None:
+    """Runs one point to its end, good or bad, and leaves outcome.json, with steps.arrow if it is ok.
+
+    Sends ("step", done, expected) now and then, and ("user_error", UserError) where the user's input is at fault and no
+    other point would fare better.
+    """
+    try:
+        outcome = _measured(connection, spec, work_dir)
+    except UserError as error:
+        connection.send(("user_error", error))
+        return
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        connection.send(("user_error", results.disk_full(work_dir.parent)))
+        return
+    results.write_json(work_dir / results.OUTCOME_FILE, outcome)
+
+
+def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[str, Any]:
+    import torch
+
+    from tunescope.measure.energy import EnergyMeter
+    from tunescope.measure.environment import environment
+    from tunescope.measure.steps import StepRecorder
+    from tunescope.train.engine import run_workload
+
+    use_gpu = not spec.workload.use_cpu
+    if spec.workload.point.preset == "tiny":
+        # Two OpenMP threads wait for each other at every small operation: where another process has one of two
+        # cores, a step took 5 times as long; with one thread it does not matter.
+        torch.set_num_threads(1)
+    results.write_json(work_dir / results.ENVIRONMENT_FILE, environment(use_gpu=use_gpu))
+    if spec.memory_budget_bytes is not None:
+        total_bytes = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(spec.memory_budget_bytes / total_bytes, 1.0))
+    energy = EnergyMeter(use_gpu=use_gpu)
+    recorder = StepRecorder(spec.protocol, _Ticker(connection), energy)
+    facts: dict[str, Any] = {}
+    status, cause = "ok", None
+    try:
+        fault("start", spec.point_id)
+        facts = run_workload(spec.workload, work_dir / SCRATCH, [recorder, fault_callback(spec.point_id)])
+        fault("writing", spec.point_id)
+        rows = recorder.rows()
+        if not any(not row["is_warmup"] for row in rows):
+            raise UserError(
+                "training ended before a step could be timed",
+                cause="the data set holds fewer queries than two batches",
+                cure="use more queries or a smaller batch",
+            )
+        results.write_arrow(work_dir / results.STEPS_FILE, rows, results.STEPS_SCHEMA)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        status, cause = "oom", _first_line(error)
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        traceback.print_exc()  # to the point's log
+        status, cause = "failed", f"{type(error).__name__}: {_first_line(error)}"
+    return {
+        "status": status,
+        "cause": cause,
+        "clock": "cuda_event" if use_gpu else "host",
+        "num_warmup_steps": recorder.num_warmup_steps,
+        "interval_reached": recorder.interval_reached,
+        "train_runtime_ns": recorder.train_runtime_ns,
+        "gpu_energy_j": recorder.energy_j,
+        "gpu_energy_why_not": energy.why_not,
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated() if use_gpu else None,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if use_gpu else None,
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+        **facts,
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:500]
+
+
+class _Ticker:
+    """Tells the launcher how far the run is, a few times a second at most."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._next_s = 0.0
+
+    def __call__(self, done: int, expected: int) -> None:
+        if (now_s := time.monotonic()) >= self._next_s or done >= expected:
+            self._next_s = now_s + PROGRESS_INTERVAL_S
+            self._connection.send(("step", done, expected))

@@ -1,0 +1,31 @@
+"""A model folder of the point's own: its config.json, and links to the weights and tokenizer it shares.
+
+Sparsity (top_k) and depth reach the engine this way, so no file of a checkpoint or of an installed package is touched.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tunescope.models import tokenizer
+
+CONFIG_FILE = "config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def build_model_folder(folder: Path, config: dict[str, Any], source: Path | None, cutoff_len_tokens: int) -> str:
+    """Fills `folder` and returns the kind of tokenizer in it (`checkpoint` or tokenizer.KIND).
+
+    source: a folder whose other files (weights, tokenizer) are linked; None: no weights, a generated tokenizer.
+    """
+    folder.mkdir(parents=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1))
+    if source is not None:
+        for file in source.iterdir():
+            if file.is_file() and file.name != CONFIG_FILE:
+                os.symlink(file.resolve(), folder / file.name)
+        if any((folder / name).exists() for name in _TOKENIZER_FILES):
+            return "checkpoint"
+    tokenizer.write_tokenizer(folder, config["vocab_size"], cutoff_len_tokens)
+    return tokenizer.KIND

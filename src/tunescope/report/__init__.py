@@ -1,0 +1,1 @@
+"""Tables for people, made of tidy DataFrames. No torch."""

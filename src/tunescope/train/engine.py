@@ -1,0 +1,156 @@
+"""One training run through LLaMA-Factory's public entry, in this process.
+
+Everything that decides what is trained is in a Workload, as data; callbacks come from the caller and only watch.
+"""
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, TrainerCallback
+
+from tunescope.data import files, synthetic
+from tunescope.errors import UserError
+from tunescope.models import folder, mixtral, tokenizer
+from tunescope.train.workload import Workload
+
+DATASET_KEY = "tunescope"
+
+
+class _StopBeforeSaving(Exception):
+    """Raised at the end of training: the engine would next write the adapters (0.9 GB) that no figure reads."""
+
+
+class _SkipSaving(TrainerCallback):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise _StopBeforeSaving
+
+
+def run_workload(workload: Workload, scratch_dir: Path, callbacks: Iterable[TrainerCallback]) -> dict[str, Any]:
+    """Trains until the data or the callbacks end it; writes nothing but scratch files below `scratch_dir`.
+
+    Returns what was decided here and belongs in provenance: tokenizer, attention, compute dtype. Raises UserError for
+    a recipe that the engine refuses; torch's own errors (out of memory) pass through.
+    """
+    from llamafactory.train.tuner import run_exp
+
+    arguments, facts = prepare(workload, scratch_dir)
+    with engine_errors(), contextlib.suppress(_StopBeforeSaving):
+        run_exp(dict(arguments), callbacks=[*callbacks, _SkipSaving()])
+    return facts
+
+
+@contextlib.contextmanager
+def engine_errors() -> Iterator[None]:
+    """Turns the engine's complaint about a setting it does not know into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        if "HfArgumentParser" not in str(error):
+            raise
+        raise UserError(
+            f"the recipe has a setting that LLaMA-Factory does not know: {error}",
+            cure="check the spelling of the keys in the recipe",
+        ) from None
+
+
+def available_attention(wanted: str, *, use_cpu: bool) -> str:
+    """FlashAttention where it was asked for and can be imported, else sdpa in its place."""
+    if wanted == "fa2" and (use_cpu or importlib.util.find_spec("flash_attn") is None):
+        return "sdpa"
+    return wanted
+
+
+def prepare(workload: Workload, scratch_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model and data folders under `scratch_dir`, and the arguments for the engine, with facts for provenance."""
+    mixtral.register()
+    recipe = workload.recipe
+    cutoff_len_tokens = int(recipe.get("cutoff_len", 2048))
+    model_dir, data_dir = scratch_dir / "model", scratch_dir / "data"
+    source = Path(workload.model_dir) if workload.model_dir else None
+    tokenizer_kind = folder.build_model_folder(model_dir, workload.model_config, source, cutoff_len_tokens)
+    _write_data(workload, model_dir, data_dir, tokenizer_kind)
+
+    attention = available_attention(str(recipe.get("flash_attn", "auto")), use_cpu=workload.use_cpu)
+    arguments = dict(recipe) | {
+        "model_name_or_path": str(model_dir),
+        "dataset": DATASET_KEY,
+        "dataset_dir": str(data_dir),
+        "max_samples": workload.num_samples,
+        "per_device_train_batch_size": workload.point.per_device_batch_size,
+        "output_dir": str(scratch_dir / "output"),
+        "cache_dir": str(scratch_dir / "cache"),  # tokenised queries; in the user's cache they would pile up
+        "flash_attn": attention,
+    }
+    if workload.max_steps is not None:
+        arguments["max_steps"] = workload.max_steps
+    if workload.use_cpu:
+        # bf16 on a CPU compiles a kernel for every new number of tokens an expert gets: 4 times slower at this size.
+        arguments |= {"use_cpu": True, "bf16": False}
+    facts = {
+        "tokenizer": tokenizer_kind,
+        "attention": attention,
+        "compute_dtype": "float32" if workload.use_cpu else ("bfloat16" if recipe.get("bf16") else "as the recipe"),
+    }
+    return arguments, facts
+
+
+def _write_data(workload: Workload, model_dir: Path, data_dir: Path, tokenizer_kind: str) -> None:
+    data_dir.mkdir()
+    if workload.data_file is not None:
+        entry = workload.data_file["dataset_info"]
+    else:
+        queries = synthetic_queries(workload, model_dir, tokenizer_kind)
+        (data_dir / "queries.json").write_text(json.dumps(queries))
+        entry = {"file_name": "queries.json"}
+    (data_dir / files.DATASET_INFO).write_text(json.dumps({DATASET_KEY: entry}))
+
+
+def synthetic_queries(workload: Workload, model_dir: Path, tokenizer_kind: str) -> list[dict[str, str]]:
+    """Queries of the point's lengths for the tokenizer in `model_dir`."""
+    point = workload.point
+    loaded = AutoTokenizer.from_pretrained(model_dir)
+    if tokenizer_kind == tokenizer.KIND:
+        words = [tokenizer.word(i) for i in range(tokenizer.num_words(workload.model_config["vocab_size"]))]
+    else:
+        words = _single_token_words(loaded)
+    if point.seq_len_tokens is not None:
+        lengths = np.full(workload.num_samples, point.seq_len_tokens)
+    else:
+        lengths = synthetic.sample_lengths(point.dataset, workload.num_samples)
+    overhead_tokens = count_template_tokens(loaded, str(workload.recipe["template"]), words[0])
+    return synthetic.queries(lengths, overhead_tokens, words)
+
+
+def count_template_tokens(loaded: Any, template: str, one_word: str) -> int:
+    """Tokens that the chat template adds to a query of one-token words (BOS, markers, EOS)."""
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments
+
+    messages = [{"role": "user", "content": one_word}, {"role": "assistant", "content": one_word}]
+    rendered = get_template_and_fix_tokenizer(loaded, DataArguments(template=template))
+    prompt, answer = rendered.encode_oneturn(loaded, messages)
+    return len(prompt) + len(answer) - 2
+
+
+def _single_token_words(loaded: Any, wanted: int = 2000) -> list[str]:
+    """Plain words of a real vocabulary that stay one token each between other words."""
+    words = []
+    for entry in sorted(loaded.get_vocab()):
+        candidate = entry.removeprefix("▁").removeprefix("Ġ")
+        if candidate != entry and candidate.isascii() and candidate.isalpha() and candidate.islower():
+            three = loaded(f"{candidate} {candidate} {candidate}", add_special_tokens=False)["input_ids"]
+            if len(three) == 3:
+                words.append(candidate)
+        if len(words) == wanted:
+            break
+    if not words:
+        raise UserError(
+            "the checkpoint's tokenizer has no plain words to make synthetic queries of",
+            cure="give a data file with --dataset FILE",
+        )
+    return words

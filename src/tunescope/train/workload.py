@@ -1,0 +1,34 @@
+"""What one run trains, as data: made by a launcher without torch, carried out by the engine."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tunescope.config import Point
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A training run in full.
+
+    recipe: LLaMA-Factory arguments before the point's own.
+    model_config: the config.json of the point.
+    model_dir: folder whose weights and tokenizer are linked, None for neither.
+    data_file: `{"dataset_info": ...}` of the user's file, None for synthetic queries.
+    num_samples: queries in the training set.
+    max_steps: optimizer steps at most; None: as many epochs as the recipe says.
+    """
+
+    point: Point
+    recipe: dict[str, Any]
+    model_config: dict[str, Any]
+    model_dir: str | None
+    data_file: dict[str, Any] | None
+    num_samples: int
+    max_steps: int | None
+    use_cpu: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """All but where files lie, which differs between machines and changes nothing that is trained."""
+        content = asdict(self)
+        del content["model_dir"], content["data_file"]
+        return content
