@@ -72,9 +72,7 @@ def test_an_unknown_model_is_refused_with_the_choices() -> None:
         ({}, "~/.cache/huggingface/hub"),
     ],
 )
-def test_the_hub_cache_is_where_huggingface_hub_has_it(
-    environ: dict[str, str], folder: str
-) -> None:
+def test_the_hub_cache_is_where_huggingface_hub_has_it(environ: dict[str, str], folder: str) -> None:
     assert hub_cache(environ) == Path(folder).expanduser()
 
 
@@ -94,9 +92,7 @@ def test_hf_home_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
-def test_blackmamba_comes_in_one_file_and_its_tokenizer_from_elsewhere(
-    tmp_path: Path, weights: str
-) -> None:
+def test_blackmamba_comes_in_one_file_and_its_tokenizer_from_elsewhere(tmp_path: Path, weights: str) -> None:
     folder = write_blackmamba(snapshot(tmp_path, BLACKMAMBA), weights)
     assert find_checkpoint("blackmamba", tmp_path) == folder
     assert find_tokenizer("blackmamba", tmp_path) is None
@@ -157,9 +153,7 @@ def _dangle(folder: Path) -> None:
         (_write("model.safetensors.index.json", '{"weight_map": {"a": 3}}'), "not a weight index"),
     ],
 )
-def test_an_incomplete_checkpoint_is_not_found_and_says_why(
-    tmp_path: Path, spoil: Spoil, reason: str
-) -> None:
+def test_an_incomplete_checkpoint_is_not_found_and_says_why(tmp_path: Path, spoil: Spoil, reason: str) -> None:
     folder = write_mixtral(snapshot(tmp_path, MIXTRAL))
     spoil(folder)
     assert find_checkpoint("mixtral", tmp_path) is None
@@ -184,9 +178,7 @@ def test_a_model_folder_is_accepted_whole_or_without_weights(tmp_path: Path) -> 
         (_write("model.safetensors.index.json", "\x00"), "cannot be read as JSON"),
     ],
 )
-def test_a_spoilt_model_folder_is_refused_with_cause_and_cure(
-    tmp_path: Path, spoil: Spoil, message: str
-) -> None:
+def test_a_spoilt_model_folder_is_refused_with_cause_and_cure(tmp_path: Path, spoil: Spoil, message: str) -> None:
     folder = write_mixtral(tmp_path / "mixtral")
     spoil(folder)
     with pytest.raises(UserError, match=message) as caught:

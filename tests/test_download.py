@@ -80,14 +80,10 @@ class FakeHub:
         ]
         return SimpleNamespace(sha=revision, siblings=siblings)
 
-    def snapshot_download(
-        self, repo_id: str, *, revision: str, allow_patterns: list[str], cache_dir: Path
-    ) -> str:
+    def snapshot_download(self, repo_id: str, *, revision: str, allow_patterns: list[str], cache_dir: Path) -> str:
         snapshot = repo_folder(cache_dir, repo_id) / "snapshots" / revision
         snapshot.mkdir(parents=True, exist_ok=True)
-        names = huggingface_hub.utils.filter_repo_objects(
-            CONTENT[repo_id], allow_patterns=allow_patterns
-        )
+        names = huggingface_hub.utils.filter_repo_objects(CONTENT[repo_id], allow_patterns=allow_patterns)
         for name in names:
             if self.transfer_error is not None:
                 raise self.transfer_error
@@ -257,9 +253,7 @@ def test_each_way_the_hub_fails_to_answer(
 
 
 @pytest.mark.parametrize(("failure", "what", "cure"), HUB_FAILURES + DISK_FAILURES)
-def test_each_way_a_transfer_fails(
-    hub: FakeHub, tmp_path: Path, failure: Exception, what: str, cure: str
-) -> None:
+def test_each_way_a_transfer_fails(hub: FakeHub, tmp_path: Path, failure: Exception, what: str, cure: str) -> None:
     hub.transfer_error = failure
     with pytest.raises(UserError) as caught:
         download(["mixtral"], hf_home=tmp_path, echo=lambda _: None)
@@ -274,9 +268,7 @@ def test_a_snapshot_left_unfinished_is_not_called_complete(hub: FakeHub, tmp_pat
     assert not any("complete, in" in line for line in lines)
 
 
-def test_the_token_is_neither_shown_nor_written(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_token_is_neither_shown_nor_written(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     lines: list[str] = []
     download(hf_home=tmp_path, echo=lines.append)
@@ -299,16 +291,11 @@ class SmallHub(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         byte_range = self.headers.get("Range")
         self.requests.append((self.command, self.path, byte_range))
-        match = re.match(
-            r"(?:/api/models)?/([^/]+/[^/]+)/(revision|resolve)/(\w+)(?:/([^?]+))?", self.path
-        )
+        match = re.match(r"(?:/api/models)?/([^/]+/[^/]+)/(revision|resolve)/(\w+)(?:/([^?]+))?", self.path)
         repo_id, kind, revision, name = match.groups() if match else ("", "", "", "")
         files = CONTENT.get(repo_id, {})
         if kind == "revision":
-            siblings = [
-                {"rfilename": key, "size": len(data), "blobId": etag_of(data)}
-                for key, data in files.items()
-            ]
+            siblings = [{"rfilename": key, "size": len(data), "blobId": etag_of(data)} for key, data in files.items()]
             info = {"id": repo_id, "sha": revision, "siblings": siblings}
             self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
         elif kind == "resolve" and name in files:
@@ -361,9 +348,7 @@ def run_download(endpoint: str, hf_home: Path, **environ: str) -> subprocess.Com
         "PYTHONPATH": str(source),
         **environ,
     }
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
 def test_the_real_client_fetches_resumes_and_stays_offline(small_hub: str, tmp_path: Path) -> None:

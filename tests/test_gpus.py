@@ -223,18 +223,14 @@ def test_visible_devices(nvml: FakeNvml, value: str | None, names: list[str]) ->
         ("all", "all", []),
     ],
 )
-def test_visible_devices_that_name_nothing(
-    nvml: FakeNvml, value: str, culprit: str, names: list[str]
-) -> None:
+def test_visible_devices_that_name_nothing(nvml: FakeNvml, value: str, culprit: str, names: list[str]) -> None:
     inventory = list_gpus({"CUDA_VISIBLE_DEVICES": value})
     assert [gpu.name for gpu in inventory.gpus] == names
     assert inventory.problem is not None
     assert f"{culprit!r} names none" in inventory.problem
 
 
-def test_the_environment_is_read_when_asked(
-    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_is_read_when_asked(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert [gpu.name for gpu in list_gpus().gpus] == ["NVIDIA A40"]
 

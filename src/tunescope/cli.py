@@ -54,6 +54,9 @@ def run_throughput(
     reentrant: Annotated[
         bool, typer.Option("--reentrant", help="reentrant gradient checkpointing (the study: not)")
     ] = False,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="time a point no longer than this, narrow interval or not; 600 if not given")
+    ] = None,
     memory_budget_gib: Annotated[float | None, typer.Option(help="use no more GPU memory than this")] = None,
 ) -> None:
     """Figure 8: fine-tuning throughput, dense and sparse, by batch size."""
@@ -70,6 +73,7 @@ def run_throughput(
         model_path=model_path,
         reentrant=reentrant,
         memory_budget_gib=memory_budget_gib,
+        max_seconds=max_seconds,
     )
     plan = make_plan(options)
     out_dir = out if out is not None else PROJECT_ROOT / "profile_data" / PROFILE_FOLDER[model] / "throughput"

@@ -146,19 +146,22 @@ class Protocol:
     """How long one point is measured.
 
     Without `num_queries`: after `num_warmup_steps`, at least `min_timed_steps`, then until the 95 % interval
-    of queries/s is narrower than `interval_frac` of the mean, or `max_timed_steps`.
+    of queries/s is narrower than `interval_frac` of the mean, or `max_timed_steps` or `max_timed_s` is reached.
     With `num_queries`: one epoch over exactly that many queries (1000: the paper's protocol).
     """
 
     num_queries: int | None = None
     num_warmup_steps: int = 3
     min_timed_steps: int = 20
-    max_timed_steps: int = 600
+    max_timed_steps: int = 1000
+    max_timed_s: float = 600.0
     interval_frac: float = 0.02
 
     def __post_init__(self) -> None:
         if self.num_queries is not None and self.num_queries < 1:
             raise UserError(f"--queries is {self.num_queries}; it must be at least 1")
+        if not self.max_timed_s > 0:
+            raise UserError(f"--max-seconds is {self.max_timed_s:g}; it must be positive")
 
 
 # On two shared CPU cores the interval is noise of the machine: the tiny preset shows that all works, briefly.

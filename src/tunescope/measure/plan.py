@@ -37,6 +37,7 @@ class Options:
     model_path: Path | None = None
     reentrant: bool = False
     memory_budget_gib: float | None = None
+    max_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +158,8 @@ def _spec(
     device: str,
 ) -> PointSpec:
     protocol = replace(config.TINY_PROTOCOL if point.preset == "tiny" else Protocol(), num_queries=options.queries)
+    if options.max_seconds is not None:
+        protocol = replace(protocol, max_timed_s=options.max_seconds)
     if options.queries is None:
         num_samples = NUM_SAMPLES_TINY if point.preset == "tiny" else NUM_SAMPLES
         max_steps = protocol.num_warmup_steps + protocol.max_timed_steps

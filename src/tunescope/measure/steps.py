@@ -104,7 +104,8 @@ class StepRecorder(TrainerCallback):
         timed = done - self.num_warmup_steps
         if timed < self.protocol.min_timed_steps:
             return False
-        if timed >= self.protocol.max_timed_steps:
+        timed_host_ns = self._boundaries[-1][1] - self._reopened[self.num_warmup_steps][1]
+        if timed >= self.protocol.max_timed_steps or timed_host_ns >= self.protocol.max_timed_s * 1e9:
             return True
         if timed % CHECK_EVERY_STEPS:
             return False

@@ -55,6 +55,7 @@ BF16_BYTES = 2
 FULL_HEADROOM_GIB = 5.0
 SLICE_HEADROOM_GIB = 8.0
 MIN_SLICE_LAYERS = 4
+SLICE_DEPTH_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,11 @@ def _gpu_size(config: dict[str, Any], wanted: str, gpu_memory_bytes: int, gpu_na
             f"{SLICE_HEADROOM_GIB + (MIN_SLICE_LAYERS + 1) * per_layer_gib:.0f} GiB",
             cure="use a larger GPU, or --preset tiny to see that everything works",
         )
-    # Two depths: step time is affine in depth, and a line needs two points.
-    return Size("slice", (deepest, deepest // 2), total, f"{who}; {deepest} of {total} layers fit")
+    # Two depths: step time is affine in depth, and a line needs two points. The further apart they are, the less
+    # their errors grow on the way to all layers.
+    return Size(
+        "slice", (deepest, max(deepest // SLICE_DEPTH_RATIO, 1)), total, f"{who}; {deepest} of {total} layers fit"
+    )
 
 
 def with_budget(size_memory_bytes: int | None, budget_gib: float | None) -> int | None:

@@ -1,7 +1,6 @@
 """Figure 8 as a table: queries/s of each bar, the paper's A40 beside it, and what makes them differ."""
 
 import sys
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +142,10 @@ def _footer(table: pd.DataFrame, num_unfinished: int) -> list[str]:
             "through two depths, and the ratio uses it. --format csv has both depths."
         )
     lines += _conditions(ok)
-    for row in known[known["status"] != "ok"].itertuples():
-        peak = "" if pd.isna(row.peak_allocated_gib) else f" (peak {number(row.peak_allocated_gib)} GiB allocated)"
-        lines.append(f"{row.dataset} {row.sparsity} {row.per_device_batch_size}: {row.status}{peak}: {row.cause}")
+    for row in _records(known[known["status"] != "ok"]):
+        peak_gib = row["peak_allocated_gib"]
+        peak = "" if pd.isna(peak_gib) else f" (peak {number(peak_gib)} GiB allocated)"
+        lines.append(f"{_bar(row)}: {row['status']}{peak}: {row['cause']}")
     if num_unfinished:
         lines.append(f"{num_unfinished} point(s) were begun and not finished; run the launcher again to measure them.")
     return lines
@@ -157,7 +157,7 @@ def _conditions(ok: pd.DataFrame) -> list[str]:
     if not ok.empty and ok["mfu_pct"].isna().all():
         lines.append("No MFU: the device is not in the table of GPUs (src/tunescope/hardware.py), or there is no GPU.")
     slowed = ok[pd.to_numeric(ok["slowed_frac"]) > 0]
-    for row in slowed.to_dict("records"):
+    for row in _records(slowed):
         share_pct = 100 * row["slowed_frac"]
         lines.append(f"{_bar(row)}: the GPU was held back by {row['slowed_by']} in {share_pct:.0f} % of samples.")
     crowded = ok[pd.to_numeric(ok["num_other_processes"]) > 0]
@@ -169,5 +169,9 @@ def _conditions(ok: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _bar(row: dict[Hashable, Any]) -> str:
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in record.items()} for record in table.to_dict("records")]
+
+
+def _bar(row: dict[str, Any]) -> str:
     return f"{row['dataset']} {row['sparsity']} {row['per_device_batch_size']:g}"
