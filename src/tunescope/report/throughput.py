@@ -13,10 +13,11 @@ from tunescope.report.text import number, text_table
 
 FORMATS = ("text", "csv", "json")
 _HEADER = (
-    "data", "sparsity", "batch", "status", "queries/s", "95 % interval", "steps", "s/step", "tokens/s",
-    "padded tok/s", "MFU %", "HFU %", "peak GiB", "J/query", "q/train s", "A40 paper", "ratio",
+    "data", "sparsity", "batch", "status", "queries/s", "95 % interval", "A40 paper", "ratio", "steps", "s/step",
+    "tokens/s", "padded tok/s", "q/train s", "MFU %", "HFU %", "peak GiB", "J/query",
 )  # fmt: skip
 _LEFT_COLUMNS = 2
+_ALWAYS_SHOWN = ("queries/s", "A40 paper", "ratio")
 
 
 def print_throughput(folder: Path, format: str) -> bool:
@@ -55,7 +56,9 @@ def _block(group: pd.DataFrame, preset: str) -> str:
     if preset == "slice":
         header[4:4] = ["layers", "q/s all layers", "its interval"]
     rows = [_cells(row, preset) for _, row in group.iterrows()]
-    return text_table(header, rows, left_columns=_LEFT_COLUMNS)
+    # What this machine cannot say (no GPU: no memory, energy or MFU) is said once in the footer, not in every row.
+    kept = [i for i, name in enumerate(header) if name in _ALWAYS_SHOWN or any(row[i] != "-" for row in rows)]
+    return text_table([header[i] for i in kept], [[row[i] for i in kept] for row in rows], left_columns=_LEFT_COLUMNS)
 
 
 def _cells(row: pd.Series, preset: str) -> list[str]:
@@ -67,17 +70,17 @@ def _cells(row: pd.Series, preset: str) -> list[str]:
         row["status"],
         number(row["queries_per_s"]),
         _interval(row["queries_per_s_low"], row["queries_per_s_high"]),
+        number(row["paper_a40_queries_per_s"]),
+        number(row["ratio_to_paper"]),
         "-" if pd.isna(row["num_timed_steps"]) else str(int(row["num_timed_steps"])),
         number(row["step_s"]),
         number(row["tokens_per_s"]),
         number(row["padded_tokens_per_s"]),
+        number(row["queries_per_train_runtime_s"]),
         number(row["mfu_pct"]),
         number(row["hfu_pct"]),
         number(row["peak_allocated_gib"]),
         number(row["gpu_energy_j_per_query"]),
-        number(row["queries_per_train_runtime_s"]),
-        number(row["paper_a40_queries_per_s"]),
-        number(row["ratio_to_paper"]),
     ]
     if preset == "slice":
         cells[4:4] = [
@@ -155,7 +158,10 @@ def _conditions(ok: pd.DataFrame) -> list[str]:
     """What about the machine a reader must know before believing a row."""
     lines = []
     if not ok.empty and ok["mfu_pct"].isna().all():
-        lines.append("No MFU: the device is not in the table of GPUs (src/tunescope/hardware.py), or there is no GPU.")
+        if (ok["clock"] == "host").all():
+            lines.append("No GPU: no MFU, no GPU memory, no energy.")
+        else:
+            lines.append("No MFU: the GPU is not in the table of src/tunescope/hardware.py.")
     slowed = ok[pd.to_numeric(ok["slowed_frac"]) > 0]
     for row in _records(slowed):
         share_pct = 100 * row["slowed_frac"]
