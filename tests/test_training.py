@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ from tunescope.train.workload import Workload
 REPO = Path(__file__).parents[1]
 RECIPE = REPO / "LLaMA-Factory" / "mixtral_qlora.yaml"
 NUM_EXPERTS = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def workload(top_k: int = 2, batch: int = 2, max_steps: int | None = 4, **recipe_changes: Any) -> Workload:
@@ -203,7 +212,12 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*command: str, cwd: Path = REPO) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(REPO / "src"), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(REPO / "src"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # as preset tiny runs: two threads on two busy cores wait for each other
+    }
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -216,9 +230,9 @@ def test_the_recipe_trains_a_stock_model_by_either_program(
     if program[0] == "llamafactory-cli":
         program = (str(Path(sys.executable).parent / "llamafactory-cli"),)
     done = run(
-        *program, "train", str(RECIPE), f"model_name_or_path={tiny_checkpoint}", f"dataset_dir={data_dir}",
-        f"output_dir={tmp_path}", f"cache_dir={tmp_path}/cache", "use_cpu=true", "bf16=false", "max_steps=2",
-    )  # fmt: skip
+        *(*program, "train", str(RECIPE), f"model_name_or_path={tiny_checkpoint}", f"dataset_dir={data_dir}"),
+        *(f"output_dir={tmp_path}", f"cache_dir={tmp_path}/cache", "use_cpu=true", "bf16=false", "max_steps=2"),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     adapter = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (16, 32)
@@ -229,11 +243,12 @@ def test_the_recipe_trains_a_stock_model_by_either_program(
 def test_ones_own_checkpoint_and_data_are_measured_and_named(
     tiny_checkpoint: Path, data_dir: Path, tmp_path: Path
 ) -> None:
+    data = f"mine={data_dir / 'commonsense_15k.json'}"
     done = run(
-        sys.executable, "-m", "tunescope", "run", "throughput", "--preset", "full",
-        "--model-path", str(tiny_checkpoint), "--dataset", f"mine={data_dir / 'commonsense_15k.json'}", "--points", "mine:sparse:bs=2", "--queries", "8",
-        "--out", str(tmp_path),
-    )  # fmt: skip
+        *(sys.executable, "-m", "tunescope", "run", "throughput", "--preset", "full"),
+        *("--model-path", str(tiny_checkpoint), "--dataset", data, "--points", "mine:sparse:bs=2"),
+        *("--queries", "8", "--out", str(tmp_path)),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = results.read_point(tmp_path / "mine-k2-b2-full-cpu")
     assert found.status == "ok"
