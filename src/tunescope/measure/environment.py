@@ -31,7 +31,10 @@ def package_versions(names: tuple[str, ...] = STACK) -> dict[str, str | None]:
 
 
 def git_revision() -> str | None:
-    """Commit of the project's checkout, `+changes` where files differ from it, None outside a checkout."""
+    """Commit of the project's checkout, `+changes` where files differ from it.
+
+    Outside a checkout (a copy without .git) what TUNESCOPE_REVISION says, else None.
+    """
     root = Path(__file__).resolve().parents[3]
 
     def git(*arguments: str) -> str:
@@ -46,7 +49,7 @@ def git_revision() -> str | None:
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("TUNESCOPE_REVISION")
 
 
 def cpu_name() -> str:

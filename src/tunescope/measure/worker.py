@@ -46,10 +46,7 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
     from tunescope.train.engine import run_workload
 
     use_gpu = not spec.workload.use_cpu
-    if spec.workload.point.preset == "tiny":
-        # Two OpenMP threads wait for each other at every small operation: where another process has one of two
-        # cores, a step took 5 times as long; with one thread it does not matter.
-        torch.set_num_threads(1)
+    limit_threads(spec)
     results.write_json(work_dir / results.ENVIRONMENT_FILE, environment(use_gpu=use_gpu))
     if spec.memory_budget_bytes is not None:
         total_bytes = torch.cuda.get_device_properties(0).total_memory
@@ -92,6 +89,18 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
         * (1 if sys.platform == "darwin" else 1024),
         **facts,
     }
+
+
+def limit_threads(spec: PointSpec) -> None:
+    """One thread for preset tiny.
+
+    Two OpenMP threads wait for each other at every small operation: where another process has one of two cores, a step
+    took 10 times as long (docs/LOG.md, 2026-11-24); with one thread it does not matter.
+    """
+    import torch
+
+    if spec.workload.point.preset == "tiny":
+        torch.set_num_threads(1)
 
 
 def _first_line(error: BaseException) -> str:
