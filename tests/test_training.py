@@ -237,7 +237,24 @@ def test_the_recipe_trains_a_stock_model_by_either_program(
     adapter = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (16, 32)
     assert set(adapter["target_modules"]) == {"w1", "w2", "w3", "gate"}
+    assert adapter["base_model_name_or_path"] == str(tiny_checkpoint)
     assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_a_recipe_trains_an_architecture_that_has_neither_weights_nor_tokenizer(
+    tiny_checkpoint: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    model_dir = tmp_path / "model"
+    model_dir.mkdir()
+    (model_dir / "config.json").write_text((tiny_checkpoint / "config.json").read_text())
+    done = run(
+        *(sys.executable, "-m", "tunescope", "train", str(RECIPE), f"model_name_or_path={model_dir}"),
+        *(f"dataset_dir={data_dir}", f"output_dir={tmp_path / 'output'}", f"cache_dir={tmp_path}/cache", "max_steps=2"),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "training on the CPU in fp32" in done.stderr
+    assert (tmp_path / "output" / "adapter_model.safetensors").is_file()
+    assert [path.name for path in model_dir.iterdir()] == ["config.json"]  # the user's folder is left as it was
 
 
 def test_ones_own_checkpoint_and_data_are_measured_and_named(

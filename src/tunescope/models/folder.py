@@ -14,6 +14,10 @@ CONFIG_FILE = "config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def build_model_folder(folder: Path, config: dict[str, Any], source: Path | None, cutoff_len_tokens: int) -> str:
     """Fills `folder` and returns the kind of tokenizer in it (`checkpoint` or tokenizer.KIND).
 
@@ -25,7 +29,7 @@ def build_model_folder(folder: Path, config: dict[str, Any], source: Path | None
         for file in source.iterdir():
             if file.is_file() and file.name != CONFIG_FILE:
                 os.symlink(file.resolve(), folder / file.name)
-        if any((folder / name).exists() for name in _TOKENIZER_FILES):
+        if holds_tokenizer(folder):
             return "checkpoint"
     tokenizer.write_tokenizer(folder, config["vocab_size"], cutoff_len_tokens)
     return tokenizer.KIND

@@ -58,6 +58,21 @@ def engine_errors() -> Iterator[None]:
         ) from None
 
 
+def has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def cpu_arguments() -> dict[str, Any]:
+    """What a recipe made for a GPU needs on a CPU.
+
+    fp32, because bf16 there compiles a kernel for every new number of tokens that an expert gets: 4 times slower at
+    the size of preset tiny.
+    """
+    return {"use_cpu": True, "bf16": False}
+
+
 def available_attention(wanted: str, *, use_cpu: bool) -> str:
     """FlashAttention where it was asked for and can be imported, else sdpa in its place."""
     if wanted == "fa2" and (use_cpu or importlib.util.find_spec("flash_attn") is None):
@@ -89,8 +104,7 @@ def prepare(workload: Workload, scratch_dir: Path) -> tuple[dict[str, Any], dict
     if workload.max_steps is not None:
         arguments["max_steps"] = workload.max_steps
     if workload.use_cpu:
-        # bf16 on a CPU compiles a kernel for every new number of tokens an expert gets: 4 times slower at this size.
-        arguments |= {"use_cpu": True, "bf16": False}
+        arguments |= cpu_arguments()
     facts = {
         "tokenizer": tokenizer_kind,
         "attention": attention,

@@ -23,7 +23,7 @@ _KILL_WAIT_S = 5.0
 
 @dataclass(frozen=True)
 class ProcessEnd:
-    """How a run's process ended. exit_code is negative for a signal, 255 where the fork server died too."""
+    """How a run's process ended. exit_code is negative for a signal, 255 where the fork server died, then or before."""
 
     exit_code: int
 
@@ -70,8 +70,13 @@ class ForkServer:
         process = self._context.Process(
             target=_run_child, args=(function, sender, arguments, str(log_file)), daemon=True
         )
-        process.start()
-        sender.close()
+        try:
+            process.start()
+        except (EOFError, ConnectionError):  # the server died while it imported, before it could fork
+            receiver.close()
+            return ProcessEnd(255)
+        finally:
+            sender.close()
         assert process.pid is not None
         try:
             with on_start(process.pid) if on_start else contextlib.nullcontext():
@@ -101,6 +106,7 @@ def _messages(receiver: Connection, sentinel: int) -> Iterator[Any]:
 
 
 def _run_child(function: Callable[..., None], sender: Connection, arguments: tuple[Any, ...], log_file: str) -> None:
+    _leave_server_to_launcher()
     die_with_parent()
     descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
@@ -109,6 +115,17 @@ def _run_child(function: Callable[..., None], sender: Connection, arguments: tup
     torch = sys.modules.get("torch")
     assert torch is None or not torch.cuda._is_in_bad_fork(), "the fork server started CUDA; this process cannot"
     function(sender, *arguments)
+
+
+def _leave_server_to_launcher() -> None:
+    """Closes this process's copy of the pipe whose end tells the server to leave, so that only the launcher holds it.
+
+    The standard library hands every child a copy. Server and child then waited for each other: after a kill -9 of the
+    launcher a run went on to its end, with the GPU.
+    """
+    server: Any = multiprocessing.forkserver._forkserver
+    os.close(server._forkserver_alive_fd)
+    server._forkserver_alive_fd = None
 
 
 def die_with_parent() -> None:
