@@ -107,7 +107,7 @@ def run_one(server: ForkServer, plan: Plan, spec: PointSpec, function: Callable[
         log_file = Path(folder) / "log.txt"
         sampler = GpuSampler(plan.gpu if function is run_ours else None)
         end = server.run(
-            function, (spec, work_dir), log_file=log_file, on_message=on_message, on_start=sampler.watching
+            function, (spec, work_dir), log_file=log_file, on_message=on_message, while_running=sampler.watching()
         )
         if end.exit_code or "runtime_s" not in sent:
             raise SystemExit(f"{function.__name__} failed: {errors or end.cause}\n{log_file.read_text()[-3000:]}")
@@ -133,7 +133,8 @@ def main() -> None:
     )
     choose_device(plan.gpu)
     server = ForkServer(PRELOAD)
-    run_one(server, plan, spec, run_bare)  # warms the disk cache and the GPU; not counted
+    few = 2 * spec.workload.point.per_device_batch_size
+    run_one(server, plan, replace(spec, workload=replace(spec.workload, num_samples=few)), run_bare)  # warms the disk
     runs: dict[str, list[dict[str, float]]] = {"run_bare": [], "run_ours": []}
     for number in range(options.rounds):
         order = (run_bare, run_ours) if number % 2 == 0 else (run_ours, run_bare)

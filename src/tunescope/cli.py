@@ -4,9 +4,8 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from tunescope import __version__
@@ -15,6 +14,8 @@ from tunescope.errors import UserError
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+# Above every error of usage. Newer typers hold a click of their own, whose classes are not those of the package.
+_ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
     add_completion=False,
@@ -40,11 +41,11 @@ def run_throughput(
     ] = None,
     points: Annotated[list[str] | None, typer.Option(help=POINTS_HELP)] = None,
     queries: Annotated[
-        int | None, typer.Option(help="train exactly so many queries; 1000 is the paper's protocol")
+        int | None, typer.Option(help="one epoch over so many queries; 1000 is the paper's protocol")
     ] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="a data file, FILE or NAME=FILE; repeatable")] = None,
     model_path: Annotated[
-        Path | None, typer.Option(help="folder of a Mixtral checkpoint or just its config.json")
+        Path | None, typer.Option(help="folder with a Mixtral checkpoint, or with just its config.json")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the points and stop")] = False,
     fresh: Annotated[
@@ -162,32 +163,35 @@ def _root(
 
 def _short(path: Path) -> str:
     """A path as the user would type it from where they are."""
-    try:
-        return f"./{path.resolve().relative_to(Path.cwd().resolve())}"
-    except ValueError:
-        return str(path)
+    linked = Path("profile_data")  # LLaMA-Factory/ reaches the results through a link
+    for start, typed in ((Path.cwd(), Path()), (linked, linked)):
+        if path.resolve().is_relative_to(start.resolve()):
+            return f"./{typed / path.resolve().relative_to(start.resolve())}"
+    return str(path)
 
 
 def main() -> NoReturn:
     """Runs the command line; a UserError becomes a paragraph on stderr and exit code 2."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        sys.exit(app(prog_name="tunescope", standalone_mode=False) or 0)
+        exit_code = app(prog_name="tunescope", standalone_mode=False) or 0
     except UserError as error:
         print(f"tunescope: {error}", file=sys.stderr)
-        sys.exit(UserError.EXIT_CODE)
-    except click.ClickException as error:
+        exit_code = UserError.EXIT_CODE
+    except _ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+        exit_code = error.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        exit_code = INTERRUPTED_EXIT_CODE
+    except BrokenPipeError:  # `| head` closed our output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        exit_code = 0
+    if exit_code == INTERRUPTED_EXIT_CODE:  # some typers turn KeyboardInterrupt into this exit code by themselves
         print(
             "tunescope: stopped; finished points are kept, run the same command again to go on",
             file=sys.stderr,
         )
-        sys.exit(INTERRUPTED_EXIT_CODE)
-    except BrokenPipeError:  # `| head` closed our output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    sys.exit(exit_code)
 
 
 def _terminate(*_: object) -> NoReturn:

@@ -71,8 +71,7 @@ class Point:
 
 def check_point(point: Point) -> None:
     """Raises UserError naming the field, its value and the range allowed."""
-    if point.model not in NUM_EXPERTS:
-        raise UserError(f"model {point.model!r} is unknown", cure=f"use one of {', '.join(NUM_EXPERTS)}")
+    check_model(point.model)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_.]*", point.dataset):
         raise UserError(
             f"data set name {point.dataset!r} cannot be a folder name",
@@ -89,7 +88,16 @@ def check_point(point: Point) -> None:
         if value is not None and not 1 <= value <= largest:
             raise UserError(f"{field} is {value}; it must be from 1 to {largest}")
     if point.preset not in PRESETS:
-        raise UserError(f"preset {point.preset!r} is unknown", cure=f"use one of auto, {', '.join(PRESETS)}")
+        raise unknown_preset(point.preset)
+
+
+def check_model(model: str) -> None:
+    if model not in NUM_EXPERTS:
+        raise UserError(f"model {model!r} is unknown", cure=f"use one of {', '.join(NUM_EXPERTS)}")
+
+
+def unknown_preset(preset: str) -> UserError:
+    return UserError(f"preset {preset!r} is unknown", cure=f"use one of auto, {', '.join(PRESETS)}")
 
 
 def paper_points(model: str) -> list[Point]:
@@ -112,8 +120,10 @@ def parse_points(text: str, model: str) -> list[Point]:
 
 
 def _parse_item(item: str, model: str) -> list[Point]:
+    number = r"\d{1,18}"  # int() refuses thousands of digits
     match = re.fullmatch(
-        r"(?P<dataset>[^:]+):(?P<sparsity>sparse|dense|k=\d+):bs=(?P<batches>\d+(?:,\d+)*)(?::seq=(?P<seq>\d+))?",
+        rf"(?P<dataset>[^:]+):(?P<sparsity>sparse|dense|k={number})"
+        rf":bs=(?P<batches>{number}(?:,{number})*)(?::seq=(?P<seq>{number}))?",
         item,
     )
     if match is None:

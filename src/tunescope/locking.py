@@ -1,9 +1,9 @@
 """One writer per output folder: an advisory lock that the kernel drops when its holder dies, however it dies."""
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tunescope.errors import UserError
@@ -11,7 +11,7 @@ from tunescope.errors import UserError
 LOCK_FILE = ".lock"
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(out_dir: Path) -> Iterator[None]:
     """Holds the folder's lock for the block. Raises UserError if another process has it, or nothing can be written."""
     try:
@@ -33,8 +33,15 @@ def locked(out_dir: Path) -> Iterator[None]:
                 cause="two runs on one folder would disturb each other's timings and files",
                 cure="wait for it, stop it, or name another folder with --out",
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            raise UserError(
+                f"cannot lock {out_dir}: {error.strerror}",
+                cause="its file system, usually one over the network, knows no locks",
+                cure="name a folder on another disk with --out",
+            ) from None
+        with contextlib.suppress(OSError):  # a full disk: the number is only for the other launcher's message
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)

@@ -91,6 +91,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_arrow(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Writes rows as one Arrow IPC file (read 5 times faster than Parquet at this size) and syncs it."""
+    assert all(row.keys() == set(schema.names) for row in rows), "a row has other columns than its schema"
     table = pa.Table.from_pylist(list(rows), schema=schema)
     with path.open("wb") as file:
         with pa.ipc.new_file(file, schema) as writer:
@@ -175,7 +176,7 @@ def read_json(path: Path) -> dict[str, Any]:
             cause="the folder was copied in part, or files in it were deleted",
             cure="copy it again, or delete the folder and run the launcher again",
         ) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise PointFormatError(f"{path} cannot be read: {error}", cure=_RERUN) from None
     if not isinstance(content, dict):
         raise PointFormatError(f"{path} holds no JSON object", cure=_RERUN)
@@ -220,6 +221,10 @@ def read_arrow(path: Path, schema: pa.Schema) -> pa.Table:
         raise PointFormatError(f"{path} is not a whole Arrow file: {reason}", cure=_RERUN) from None
     if not table.schema.equals(schema):
         raise PointFormatError(f"{path} has columns {table.schema.names}; expected {schema.names}", cure=_RERUN)
+    # Arrow itself keeps no promise of a schema that a column is never empty.
+    gaps = [field.name for field in schema if not field.nullable and table[field.name].null_count]
+    if gaps:
+        raise PointFormatError(f"{path} has empty cells in {', '.join(gaps)}", cure=_RERUN)
     return table
 
 

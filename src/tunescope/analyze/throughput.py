@@ -1,5 +1,8 @@
 """Throughput points as a tidy table: one row a point, every column with its unit in its name."""
 
+import hashlib
+import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from tunescope import flops, paper, results
-from tunescope.analyze.intervals import bootstrap_ratio
+from tunescope.analyze.intervals import bootstrap_ratios
 from tunescope.analyze.slices import add_extrapolation
 from tunescope.config import Point
 from tunescope.errors import UserError
@@ -16,6 +19,7 @@ from tunescope.hardware import Device, UnknownDevice, find_device
 
 GIB = 2**30
 UNREADABLE = "unreadable"
+_QUERIES_AND_SECONDS = "queries and seconds of each timed step"  # of a row under way, no column
 
 # Bits of NVML's throttle reasons (nvml.h, nvmlClocksThrottleReasons) that mean "slower than it could be". Idle and
 # settings of the user are not among them.
@@ -35,7 +39,8 @@ COLUMNS = (
     "hfu_pct", "peak_allocated_gib", "peak_reserved_gib", "gpu_energy_j_per_query", "gpu_power_w", "sm_clock_mhz",
     "slowed_frac", "slowed_by", "num_other_processes", "queries_per_s_all_layers", "queries_per_s_all_layers_low",
     "queries_per_s_all_layers_high", "paper_a40_queries_per_s", "ratio_to_paper", "clock", "compute_dtype", "attention",
-    "driver", "power_limit_w", "torch", "git_revision", "recipe_hash", "point_id", "folder",
+    "driver", "power_limit_w", "torch", "git_revision", "recipe_hash", "setup_hash", "is_papers_model",
+    "is_shallow_end", "point_id", "folder",
 )  # fmt: skip
 
 
@@ -59,6 +64,7 @@ def throughput(folder: Path) -> pd.DataFrame:
             cause=f"{unfinished} were begun and not finished" if unfinished else "it is empty, or not a results folder",
             cure="run ./mixtral_tp.sh; it ends by printing the folder to give here",
         )
+    _add_rates(rows)
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table = add_extrapolation(table)
     return _with_paper(table).iloc[_figure_order(table)].reset_index(drop=True)
@@ -72,7 +78,7 @@ def _row(path: Path) -> dict[str, Any]:
                 f"{path} holds a point of kind {found.point.get('kind')!r}, not throughput",
                 cure="use that figure's parser",
             )
-        return _identity(found) | (_measured(found) if found.status == "ok" else {})
+        return _checked(_identity(found) | (_measured(found) if found.status == "ok" else {}))
     except results.PointFormatError as error:
         return {
             "status": UNREADABLE,
@@ -80,10 +86,19 @@ def _row(path: Path) -> dict[str, Any]:
             "point_id": path.name,
             "folder": str(path),
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (UserError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         # Its files are whole but lack what this version wrote into every one of them.
         cause = f"{path} is not a point of this program ({type(error).__name__}: {error})"
         return {"status": UNREADABLE, "cause": cause, "point_id": path.name, "folder": str(path)}
+
+
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, if every cell is text or a number that a table can hold. Raises TypeError."""
+    for name, value in row.items():
+        is_number = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+        if not (value is None or isinstance(value, str) or is_number or name == _QUERIES_AND_SECONDS):
+            raise TypeError(f"{name} is {str(value)[:80]}")
+    return row
 
 
 def _identity(found: results.PointFolder) -> dict[str, Any]:
@@ -103,6 +118,8 @@ def _identity(found: results.PointFolder) -> dict[str, Any]:
         "torch": found.environment["packages"].get("torch"),
         "git_revision": found.environment.get("git_revision"),
         "recipe_hash": found.point["recipe_hash"],
+        "setup_hash": _setup_hash(found.point),
+        "is_papers_model": paper.is_papers_model(point.model, found.point["model_config"], point.total_layers),
         "point_id": found.point["point_id"],
         "folder": str(found.path),
     }
@@ -112,6 +129,12 @@ def _identity(found: results.PointFolder) -> dict[str, Any]:
         num_bytes = found.outcome.get(f"{key}_bytes")
         row[f"{key}_gib"] = None if num_bytes is None else num_bytes / GIB
     return row
+
+
+def _setup_hash(point: dict[str, Any]) -> str:
+    """The same for points that differ only in their bar, their depth or how long they were measured."""
+    setup = {key: point.get(key) for key in ("recipe", "weights", "data", "moe", "stack", "use_cpu")}
+    return hashlib.sha256(json.dumps(setup, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _measured(found: results.PointFolder) -> dict[str, Any]:
@@ -124,14 +147,16 @@ def _measured(found: results.PointFolder) -> dict[str, Any]:
     seconds = timed_steps["duration_ns"] / 1e9
     if not (seconds > 0).all():
         raise results.PointFormatError(f"{found.path / results.STEPS_FILE} holds a step of no duration")
+    if not (timed_steps["num_queries"] > 0).all():
+        raise results.PointFormatError(f"{found.path / results.STEPS_FILE} holds a step of no query")
+    if (columns["world_size"] != 1).any():
+        raise results.PointFormatError(
+            f"{found.path / results.STEPS_FILE} is of a run on several GPUs, which this version cannot add up"
+        )
     total_s = float(seconds.sum())
-    queries_per_s, low, high = bootstrap_ratio(timed_steps["num_queries"], seconds)
     energy_j = found.outcome["gpu_energy_j"]
     row = {
-        "queries_per_s": queries_per_s,
-        "queries_per_s_low": low,
-        "queries_per_s_high": high,
-        "interval_width_pct": 100 * (high - low) / queries_per_s,
+        _QUERIES_AND_SECONDS: (timed_steps["num_queries"], seconds),
         "num_timed_steps": int(timed.sum()),
         "num_warmup_steps": int((~timed).sum()),
         "step_s": total_s / len(seconds),
@@ -141,7 +166,16 @@ def _measured(found: results.PointFolder) -> dict[str, Any]:
         "gpu_energy_j_per_query": None if energy_j is None else energy_j / float(timed_steps["num_queries"].sum()),
         "gpu_power_w": None if energy_j is None else energy_j / total_s,
     }
-    return row | _utilisation(found, timed_steps, total_s) | _gpu_state(found.path)
+    return row | _utilisation(found, timed_steps, total_s) | _gpu_state(found)
+
+
+def _add_rates(rows: list[dict[str, Any]]) -> None:
+    """Turns the steps of every measured row into queries/s and its interval, all rows at once: 10 times faster."""
+    measured = [row for row in rows if _QUERIES_AND_SECONDS in row]
+    rates = bootstrap_ratios([row.pop(_QUERIES_AND_SECONDS) for row in measured])
+    for row, (value, low, high) in zip(measured, rates, strict=True):
+        row["queries_per_s"], row["queries_per_s_low"], row["queries_per_s_high"] = value, low, high
+        row["interval_width_pct"] = 100 * (high - low) / value
 
 
 def _utilisation(found: results.PointFolder, timed: dict[str, np.ndarray], total_s: float) -> dict[str, float | None]:
@@ -172,20 +206,26 @@ def _recomputes(recipe: dict[str, Any]) -> bool:
 
 def _device(environment: dict[str, Any]) -> Device | None:
     gpu = environment.get("gpu")
-    if gpu is None:
-        return None
+    return None if gpu is None else _known_device(gpu["name"], gpu["memory_total_bytes"] / GIB)
+
+
+@cache
+def _known_device(name: str, memory_gib: float) -> Device | None:
     try:
-        return find_device(gpu["name"], gpu["memory_total_bytes"] / GIB)
+        return find_device(name, memory_gib)
     except UnknownDevice:
         return None
 
 
-def _gpu_state(path: Path) -> dict[str, Any]:
-    """Clock, throttling and company of the GPU while the point ran, from the once-a-second samples."""
-    file = path / results.GPU_SAMPLES_FILE
+def _gpu_state(found: results.PointFolder) -> dict[str, Any]:
+    """Clock, throttling and company of the GPU during the timed steps, from the once-a-second samples."""
+    file = found.path / results.GPU_SAMPLES_FILE
     if not file.is_file():
         return {}
     samples = results.read_arrow(file, results.GPU_SAMPLES_SCHEMA)
+    taken_ns = samples["time_unix_ns"].to_numpy()
+    start_ns, end_ns = found.outcome["timed_start_unix_ns"], found.outcome["timed_end_unix_ns"]
+    samples = samples.filter(pa.array((taken_ns >= start_ns) & (taken_ns <= end_ns)))
     masks = samples["throttle_reasons_bitmask"].drop_null().to_numpy().astype(np.int64)
     slowed = [name for bit, name in SLOWED_REASONS.items() if (masks & bit).any()]
     return {
@@ -201,17 +241,29 @@ def _mean(column: pa.ChunkedArray) -> float | None:
 
 
 def _with_paper(table: pd.DataFrame) -> pd.DataFrame:
-    """The paper's A40 beside each row, and the ratio where the row is of the paper's model at its full depth."""
-    known = table["status"] != UNREADABLE
-    table.loc[known, "paper_a40_queries_per_s"] = [
+    """The paper's A40 beside each row, and the ratio where the row is of the paper's model at its full depth.
+
+    Preset full may be of the user's own model, which has the same bars and another size.
+    """
+    beside = [
         paper.a40_queries_per_s(row.model, row.dataset, int(row.top_k), int(row.per_device_batch_size))
-        if pd.isna(row.seq_len_tokens)
+        if row.status != UNREADABLE and pd.isna(row.seq_len_tokens)
         else None
-        for row in table[known].itertuples()
+        for row in table.itertuples()
     ]
+    table["paper_a40_queries_per_s"] = pd.Series(beside, index=table.index, dtype=float)
     ours = table["queries_per_s"].where(table["preset"] == "full", table["queries_per_s_all_layers"])
-    table["ratio_to_paper"] = pd.to_numeric(ours) / pd.to_numeric(table["paper_a40_queries_per_s"])
+    ours = pd.to_numeric(ours).where(table["is_papers_model"].eq(True) & ~counted_in_words(table))
+    table["ratio_to_paper"] = ours / table["paper_a40_queries_per_s"]
     return table
+
+
+def counted_in_words(table: pd.DataFrame) -> pd.Series:
+    """Rows whose queries came from a file and were cut at spaces, a word a token, for lack of the model's tokenizer.
+
+    Such queries are shorter than the model's own tokenizer makes them, and so are their steps.
+    """
+    return table["data"].eq("file") & table["tokenizer"].eq("generated-wordlevel")
 
 
 def _figure_order(table: pd.DataFrame) -> np.ndarray:
@@ -220,8 +272,10 @@ def _figure_order(table: pd.DataFrame) -> np.ndarray:
         bar: place for model in set(table["model"].dropna()) for place, bar in enumerate(paper.figure8_order(model))
     }
 
+    rows = table.to_dict("records")
+
     def key(number: int) -> tuple[Any, ...]:
-        row = table.iloc[number]
+        row = rows[number]
         if row["status"] == UNREADABLE:
             return (1, str(row["folder"]))
         bar = (row["dataset"], int(row["top_k"]), int(row["per_device_batch_size"]))

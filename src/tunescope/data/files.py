@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from tunescope.errors import UserError
 
 # The files of the study, by the name the point gives the data set.
@@ -17,7 +19,27 @@ _FORMATS_CURE = (
     "or with 'conversations' / 'messages' (sharegpt)"
 )
 _ALPACA = {"instruction", "output"}
-_SHAREGPT = {"conversations": ("from", "value"), "messages": ("role", "content")}
+# Column of the messages -> its tags, every one: the engine takes a tag that is not given for none, and then drops
+# every row.
+_SHAREGPT = {
+    "conversations": {
+        "role_tag": "from",
+        "content_tag": "value",
+        "user_tag": "human",
+        "assistant_tag": "gpt",
+        "observation_tag": "observation",
+        "function_tag": "function_call",
+        "system_tag": "system",
+    },
+    "messages": {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "system_tag": "system",
+    },
+}
+_SUFFIXES = (".json", ".jsonl")  # the engine goes by them
 
 
 def dataset_name(path: Path) -> str:
@@ -31,24 +53,22 @@ def dataset_name(path: Path) -> str:
 def check_dataset_file(path: Path) -> dict[str, Any]:
     """LLaMA-Factory's description (`dataset_info.json` entry) of a data file, from what is in it.
 
-    Every row is checked, so that a run does not die on row 10,000. Raises UserError naming file, row and cure.
+    Every row is checked, so that a run does not die on row 10,000, and no row that the engine would drop with a
+    warning shrinks the data set unseen. Raises UserError naming file, row (from 0) and cure.
     """
     rows = _load_rows(path)
     first = rows[0]
     if first.keys() >= _ALPACA:
-        for number, row in enumerate(rows):
-            if not all(isinstance(row.get(key), str) for key in _ALPACA):
-                raise UserError(
-                    f"{path}: row {number} has no text in 'instruction' and 'output'",
-                    cure=_FORMATS_CURE,
-                )
-        return {"file_name": str(path.resolve())}
-    for column, (role, content) in _SHAREGPT.items():
+        _check_alpaca(path, rows)
+        _check_columns(path, rows)
+        columns = {"prompt": "instruction", "response": "output"}
+        if any("input" in row for row in rows):
+            columns["query"] = "input"
+        return {"file_name": str(path.resolve()), "columns": columns}
+    for column, tags in _SHAREGPT.items():
         if column in first:
-            _check_messages(path, rows, column, role, content)
-            tags = {"role_tag": role, "content_tag": content}
-            if column == "messages":
-                tags |= {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
+            _check_messages(path, rows, column, tags)
+            _check_columns(path, rows)
             return {
                 "file_name": str(path.resolve()),
                 "formatting": "sharegpt",
@@ -62,6 +82,8 @@ def check_dataset_file(path: Path) -> dict[str, Any]:
 
 
 def _load_rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix not in _SUFFIXES:
+        raise UserError(f"{path} does not end in {' or '.join(_SUFFIXES)}", cure=_FORMATS_CURE)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -69,30 +91,63 @@ def _load_rows(path: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}", cure=_FORMATS_CURE) from None
     try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            rows = json.loads(text)
-    except ValueError as error:
+        rows = _parse(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}", cure=_FORMATS_CURE) from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} is not a list of at least one object", cure=_FORMATS_CURE)
     return rows
 
 
-def _check_messages(path: Path, rows: list[dict[str, Any]], column: str, role: str, content: str) -> None:
+def _parse(text: str) -> Any:
+    """One JSON list, or a JSON object a line; the engine takes either under either suffix."""
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]  # not splitlines: U+2028 may stand in a text
+
+
+def _check_alpaca(path: Path, rows: list[dict[str, Any]]) -> None:
+    for number, row in enumerate(rows):
+        if not all(isinstance(row.get(key), str) for key in _ALPACA):
+            raise UserError(f"{path}: row {number} has no text in 'instruction' and 'output'", cure=_FORMATS_CURE)
+        if not isinstance(row.get("input") or "", str):
+            raise UserError(f"{path}: row {number} has an 'input' that is not text", cure=_FORMATS_CURE)
+
+
+def _check_messages(path: Path, rows: list[dict[str, Any]], column: str, tags: dict[str, str]) -> None:
+    role, content = tags["role_tag"], tags["content_tag"]
     for number, row in enumerate(rows):
         messages = row.get(column)
-        good = (
-            isinstance(messages, list)
-            and len(messages) >= 2
-            and all(isinstance(message, dict) and {role, content} <= message.keys() for message in messages)
-        )
-        if not good:
+        if not isinstance(messages, list) or not all(
+            isinstance(message, dict) and isinstance(message.get(role), str) and isinstance(message.get(content), str)
+            for message in messages
+        ):
             raise UserError(
-                f"{path}: row {number} has no list of two or more {{'{role}', '{content}'}} in '{column}'",
+                f"{path}: row {number} has no list of {{'{role}', '{content}'}} with text in '{column}'",
                 cure=_FORMATS_CURE,
             )
+        roles = [message[role] for message in messages]
+        turns = roles[1:] if roles[:1] == [tags["system_tag"]] else roles
+        asking = {tags["user_tag"], tags.get("observation_tag")}
+        answering = {tags["assistant_tag"], tags.get("function_tag")}
+        if not turns or len(turns) % 2 or not (set(turns[::2]) <= asking and set(turns[1::2]) <= answering):
+            raise UserError(
+                f"{path}: row {number} has the roles {', '.join(roles) or 'of nobody'} in '{column}'",
+                cause="the engine drops a row whose turns do not alternate, or that does not end in an answer",
+                cure=f"let {tags['user_tag']} and {tags['assistant_tag']} alternate, after at most one system message",
+            )
+
+
+def _check_columns(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The engine reads a file into typed columns, those it does not use as well."""
+    for column in sorted({key for row in rows for key in row}):
+        try:
+            pa.array([row.get(column) for row in rows])
+        except (pa.ArrowException, OverflowError) as error:
+            raise UserError(
+                f"{path}: column {column!r} holds values of several types: {str(error).splitlines()[0]}",
+                cure="give every row the same type in it, or leave the column out if it is not needed",
+            ) from None
 
 
 def sha256_hex(path: Path) -> str:

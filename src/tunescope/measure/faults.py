@@ -7,6 +7,7 @@ error, kill, hang. Without the variable nothing here does anything.
 import errno
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -31,6 +32,7 @@ def fault(stage: str, point_id: str = "") -> None:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if action == "hang":
+        print(f"fault: hanging at {stage}", file=sys.stderr, flush=True)  # a test waits for this line
         time.sleep(3600)
 
 

@@ -19,13 +19,13 @@ class GpuSampler:
         self.rows: list[dict[str, Any]] = []
 
     @contextmanager
-    def watching(self, own_pid: int) -> Iterator[None]:
-        """Samples for the length of the block. own_pid: the training process, which is not an `other` process."""
+    def watching(self) -> Iterator[None]:
+        """Samples for the length of the block, in which one process of ours is on the GPU."""
         if self._gpu is None:
             yield
             return
         stop = threading.Event()
-        thread = threading.Thread(target=self._watch, args=(self._gpu.uuid, own_pid, stop), daemon=True)
+        thread = threading.Thread(target=self._watch, args=(self._gpu.uuid, stop), daemon=True)
         thread.start()
         try:
             yield
@@ -33,7 +33,7 @@ class GpuSampler:
             stop.set()
             thread.join(SAMPLE_INTERVAL_S * 5)
 
-    def _watch(self, uuid: str, own_pid: int, stop: threading.Event) -> None:
+    def _watch(self, uuid: str, stop: threading.Event) -> None:
         import pynvml
 
         try:
@@ -43,14 +43,14 @@ class GpuSampler:
         try:
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             while not stop.wait(SAMPLE_INTERVAL_S):
-                self.rows.append(_sample(pynvml, handle, own_pid))
+                self.rows.append(_sample(pynvml, handle))
         except pynvml.NVMLError:
             return  # the GPU went away: the point itself will say so
         finally:
             pynvml.nvmlShutdown()
 
 
-def _sample(pynvml: Any, handle: Any, own_pid: int) -> dict[str, Any]:
+def _sample(pynvml: Any, handle: Any) -> dict[str, Any]:
     def ask(question: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return question(handle, *arguments)
@@ -68,6 +68,6 @@ def _sample(pynvml: Any, handle: Any, own_pid: int) -> dict[str, Any]:
         "temperature_c": ask(pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU),
         "throttle_reasons_bitmask": ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons),
         "memory_used_bytes": None if memory is None else int(memory.used),
-        # In a container the driver may hide process ids, or show those of the host: then nothing is ours by number.
-        "num_other_processes": None if processes is None else sum(process.pid != own_pid for process in processes),
+        # All but one, not told apart by number: in a container the driver shows the host's, and none would be ours.
+        "num_other_processes": None if processes is None else max(len(processes) - 1, 0),
     }

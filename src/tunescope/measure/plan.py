@@ -1,6 +1,7 @@
 """From a launcher's flags to the list of points to measure. No torch: this also serves --dry-run and resuming."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,15 +114,23 @@ def _torch_is_for_another_cuda() -> bool:
 
 def make_plan(options: Options) -> Plan:
     """Every point with all its settings. Raises UserError before anything is started or written."""
+    _check_options(options)
     points = (
         config.paper_points(options.model)
         if options.points is None
         else config.parse_points(options.points, options.model)
     )
     gpu = choose_gpu(options.gpu)
-    data = _data_files(options.datasets)
+    given = _given_files(options.datasets)
+    data = _study_files() | given
     if options.points is None:
-        points = _points_for_files(points, data)
+        points = _points_for_files(points, given)
+    if unused := given.keys() - {point.dataset for point in points}:
+        raise UserError(
+            f"no point trains on {', '.join(str(given[name]) for name in sorted(unused))}",
+            cause=f"--points names none of data set {', '.join(sorted(unused))}",
+            cure="add points of it, or drop --points to run the figure's batch sizes on it",
+        )
     recipe = recipes.load_recipe(recipes.recipe_folder() / recipes.RECIPES[options.model])
     recipe["use_reentrant_gc"] = options.reentrant
 
@@ -146,6 +155,14 @@ def make_plan(options: Options) -> Plan:
     return Plan(specs=specs, size=size, gpu=gpu, device=device)
 
 
+def _check_options(options: Options) -> None:
+    config.check_model(options.model)
+    if options.preset not in ("auto", *config.PRESETS):
+        raise config.unknown_preset(options.preset)
+    if options.memory_budget_gib is not None and not 0 < options.memory_budget_gib < math.inf:
+        raise UserError(f"--memory-budget-gib is {options.memory_budget_gib:g}; it must be a positive number")
+
+
 def _spec(
     point: Point,
     options: Options,
@@ -165,6 +182,8 @@ def _spec(
         max_steps = protocol.num_warmup_steps + protocol.max_timed_steps
     else:
         num_samples, max_steps = options.queries, None
+    if point.seq_len_tokens is not None:  # or the engine would cut it at the recipe's limit, and no row would say so
+        recipe = recipe | {"cutoff_len": max(int(recipe["cutoff_len"]), point.seq_len_tokens)}
     data_file, data_facts = _data_for(point, data)
     workload = Workload(
         point=point,
@@ -196,23 +215,43 @@ def device_slug(gpu: Gpu | None) -> str:
 # --- data ---
 
 
-def _data_files(given: Sequence[str]) -> dict[str, Path]:
-    """Data set name -> file, from `--dataset FILE` or `NAME=FILE`, and the study's files where they lie in data/."""
+def _study_files() -> dict[str, Path]:
+    """Data set name -> the study's file, where it lies in data/."""
     data_dir = recipes.recipe_folder() / "data"
-    found = {name: data_dir / file for name, file in files.REAL_FILES.items() if (data_dir / file).is_file()}
+    return {name: data_dir / file for name, file in files.REAL_FILES.items() if (data_dir / file).is_file()}
+
+
+def _given_files(given: Sequence[str]) -> dict[str, Path]:
+    """Data set name -> file, from `--dataset FILE` or `NAME=FILE`. Raises UserError for a name that would mislead."""
+    found: dict[str, Path] = {}
     for item in given:
         name, separator, path = item.partition("=")
-        file = Path(path if separator else item).expanduser()
-        found[name if separator else files.dataset_name(file)] = file
+        is_named = bool(separator) and "/" not in name  # a path may hold a '=' too
+        file = Path(path if is_named else item).expanduser()
+        if not is_named:
+            name = files.dataset_name(file)
+            if name in files.REAL_FILES and file.name != files.REAL_FILES[name]:
+                raise UserError(
+                    f"{file} would be taken for the paper's data set {name!r} by its name, and compared with it",
+                    cure=f"write --dataset {name}={file} if it is that, --dataset my_{name}={file} if not",
+                )
+        if name in found:
+            raise UserError(
+                f"{found[name]} and {file} both have the name {name!r}", cure="name one of them: --dataset NAME=FILE"
+            )
+        found[name] = file
     return found
 
 
-def _points_for_files(points: list[Point], data: dict[str, Path]) -> list[Point]:
-    """The figure's points, and for a data set that is not the paper's the points of its CS group."""
-    own = [name for name in data if name not in config.PAPER_DATASETS]
+def _points_for_files(points: list[Point], given: dict[str, Path]) -> list[Point]:
+    """The figure's points; where a file is not of the paper's, the points of the CS group on it, and on what else is
+    given."""
+    own = [name for name in given if name not in config.PAPER_DATASETS]
     if not own:
         return points
-    return [replace(point, dataset=name) for name in own for point in points if point.dataset == "cs"]
+    return [point for point in points if point.dataset in given] + [
+        replace(point, dataset=name) for name in own for point in points if point.dataset == "cs"
+    ]
 
 
 def _data_for(point: Point, data: dict[str, Path]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -256,6 +295,12 @@ def _checked_config(model_dir: Path) -> dict[str, Any]:
             f"{model_dir} holds a model of type {model_type!r} with {experts} experts",
             cure="this launcher needs type mixtral with 8 experts",
         )
+    for key in architectures.SIZES:
+        if type(content.get(key)) is not int or content[key] < 1:
+            raise UserError(
+                f"{model_dir / 'config.json'} says {key}: {content.get(key)!r}; it must be a number from 1",
+                cure="take the config.json that came with the model",
+            )
     return content
 
 

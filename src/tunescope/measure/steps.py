@@ -37,6 +37,9 @@ class StepRecorder(TrainerCallback):
         self.energy_j: float | None = None
         self.num_warmup_steps = 0
         self.train_runtime_ns = 0
+        # Wall-clock edges of the timed steps, to pick out the GPU samples that belong to them.
+        self.timed_start_unix_ns = 0
+        self.timed_end_unix_ns = 0
         self.interval_reached = False
         self._boundaries: list[tuple[Any, int]] = []  # (CUDA event or None, host clock ns): one more than steps
         self._reopened: dict[int, tuple[Any, int]] = {}  # step -> its window's start, where that is not the boundary
@@ -75,6 +78,7 @@ class StepRecorder(TrainerCallback):
         if self._on_gpu:
             torch.cuda.synchronize()
         self.train_runtime_ns = time.perf_counter_ns() - self._train_start_ns
+        self.timed_end_unix_ns = time.time_ns()
         self.energy_j = self.energy.stop_j()
         self._hook.remove()
 
@@ -92,6 +96,7 @@ class StepRecorder(TrainerCallback):
         if self._on_gpu:
             torch.cuda.synchronize()
         self.energy.start()
+        self.timed_start_unix_ns = time.time_ns()
         self._reopened[done] = self._mark()
 
     def _count_batch(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:

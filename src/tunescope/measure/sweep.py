@@ -1,9 +1,10 @@
 """A launcher's main loop: point after point, each in its own process, published whole. No torch in this process."""
 
+import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def run_sweep(plan: Plan, out_dir: Path, *, fresh: bool) -> dict[str, int]:
     finished points stay and an unfinished one leaves nothing behind but a folder that the next run removes.
     """
     with locked(out_dir):
-        for leftover in results.find_unfinished(out_dir):
+        # Not those of folders below: they may be another launcher's --out, under a lock of its own.
+        for leftover in out_dir.glob("*" + results.UNFINISHED_SUFFIX):
             shutil.rmtree(leftover, ignore_errors=True)
         todo = [spec for spec in plan.specs if fresh or not is_done(spec, out_dir)]
         counts: dict[str, int] = {}
@@ -52,7 +54,7 @@ def run_sweep(plan: Plan, out_dir: Path, *, fresh: bool) -> dict[str, int]:
                 progress.note(f"{skipped} of {len(plan.specs)} points are measured already and are skipped")
             if not todo:
                 return counts
-            _choose_device(plan.gpu)
+            choose_device(plan.gpu)
             server = ForkServer(PRELOAD)
             for spec in todo:
                 progress.start_point(spec.workload.point.label)
@@ -63,32 +65,31 @@ def run_sweep(plan: Plan, out_dir: Path, *, fresh: bool) -> dict[str, int]:
         return counts
 
 
-def _choose_device(gpu: Gpu | None) -> None:
+def choose_device(gpu: Gpu | None) -> None:
     """Shows the chosen GPU, or none, to every process started from here on."""
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # so that the index means NVML's GPU and not the fastest
-    os.environ["CUDA_VISIBLE_DEVICES"] = "" if gpu is None else str(gpu.index)
+    # By index, which Zeus needs; a MIG slice has none of its own and goes by its UUID.
+    name = "" if gpu is None else gpu.uuid if gpu.mig_enabled else str(gpu.index)
+    os.environ["CUDA_VISIBLE_DEVICES"] = name
 
 
 def _run_point(
     spec: PointSpec, gpu: Gpu | None, out_dir: Path, server: ForkServer, progress: SweepProgress
 ) -> tuple[str, str]:
     """Runs and publishes one point. Returns its status and a line for people."""
-    try:
+    with _writing_to(out_dir):
         work_dir = results.start_unfinished(out_dir, spec.point_id)
-        results.write_json(work_dir / results.POINT_FILE, spec.point_json())
-    except OSError as error:
-        raise _cannot_write(error, out_dir) from None
     try:
+        with _writing_to(out_dir):
+            results.write_json(work_dir / results.POINT_FILE, spec.point_json())
         outcome = _run_process(spec, gpu, work_dir, server, progress.step)
+        with _writing_to(out_dir):
+            shutil.rmtree(work_dir / worker.SCRATCH, ignore_errors=True)
+            fault("publish", spec.point_id)
+            results.publish(work_dir, out_dir / spec.point_id)
     except BaseException:  # Ctrl-C as well: nothing half-made stays
         shutil.rmtree(work_dir, ignore_errors=True)
         raise
-    try:
-        shutil.rmtree(work_dir / worker.SCRATCH, ignore_errors=True)
-        fault("publish", spec.point_id)
-        results.publish(work_dir, out_dir / spec.point_id)
-    except OSError as error:
-        raise _cannot_write(error, out_dir) from None
     return outcome["status"], _line(outcome, out_dir / spec.point_id)
 
 
@@ -114,11 +115,11 @@ def _run_process(
         (spec, work_dir),
         log_file=work_dir / results.LOG_FILE,
         on_message=on_message,
-        on_start=sampler.watching,
+        while_running=sampler.watching(),
     )
     if user_errors:
         raise user_errors[0]
-    try:
+    with _writing_to(work_dir.parent):
         if sampler.rows:
             results.write_arrow(work_dir / results.GPU_SAMPLES_FILE, sampler.rows, results.GPU_SAMPLES_SCHEMA)
         if not _is_whole(work_dir / results.ENVIRONMENT_FILE):
@@ -126,8 +127,6 @@ def _run_process(
         if end.exit_code or not _is_whole(work_dir / results.OUTCOME_FILE):
             outcome = {"status": "failed", "cause": _cause(end, work_dir)}
             results.write_json(work_dir / results.OUTCOME_FILE, outcome)
-    except OSError as error:
-        raise _cannot_write(error, work_dir.parent) from None
     return results.read_json(work_dir / results.OUTCOME_FILE)
 
 
@@ -164,7 +163,12 @@ def _line(outcome: dict[str, Any], folder: Path) -> str:
     return f"{outcome['status']}: {outcome['cause']}{log}"
 
 
-def _cannot_write(error: OSError, out_dir: Path) -> UserError:
-    if error.errno == errno.ENOSPC:
-        return results.disk_full(out_dir)
-    return UserError(f"cannot write to {out_dir}: {error.strerror}", cure="name another folder with --out")
+@contextlib.contextmanager
+def _writing_to(out_dir: Path) -> Iterator[None]:
+    """Turns the system's refusal to write into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise results.disk_full(out_dir) from None
+        raise UserError(f"cannot write to {out_dir}: {error.strerror}", cure="name another folder with --out") from None

@@ -81,6 +81,8 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
         "num_warmup_steps": recorder.num_warmup_steps,
         "interval_reached": recorder.interval_reached,
         "train_runtime_ns": recorder.train_runtime_ns,
+        "timed_start_unix_ns": recorder.timed_start_unix_ns,
+        "timed_end_unix_ns": recorder.timed_end_unix_ns,
         "gpu_energy_j": recorder.energy_j,
         "gpu_energy_why_not": energy.why_not,
         "peak_allocated_bytes": torch.cuda.max_memory_allocated() if use_gpu else None,

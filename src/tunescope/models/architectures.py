@@ -44,6 +44,11 @@ MIXTRAL_TINY = MIXTRAL_8X7B | {
     "head_dim": 16,
 }
 
+# What a config.json must say for a model to be built or planned; the rest has defaults in transformers.
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
+
 GIB = 2**30
 NF4_BLOCK_WEIGHTS = 64  # weights that share one absmax
 NF4_NESTED_BLOCK = 256  # absmax values, one byte each, that share one fp32 scale under double quantisation

@@ -137,6 +137,12 @@ def synthetic_queries(workload: Workload, model_dir: Path, tokenizer_kind: str) 
     else:
         lengths = synthetic.sample_lengths(point.dataset, workload.num_samples)
     overhead_tokens = count_template_tokens(loaded, str(workload.recipe["template"]), words[0])
+    shortest_tokens = overhead_tokens + synthetic.MIN_WORDS
+    if point.seq_len_tokens is not None and point.seq_len_tokens < shortest_tokens:
+        raise UserError(
+            f"a length of {point.seq_len_tokens} tokens is less than the chat template and a query take",
+            cure=f"use a length of at least {shortest_tokens}",
+        )
     return synthetic.queries(lengths, overhead_tokens, words)
 
 

@@ -59,12 +59,12 @@ class ForkServer:
         *,
         log_file: Path,
         on_message: Callable[[Any], None],
-        on_start: Callable[[int], contextlib.AbstractContextManager[None]] | None = None,
+        while_running: contextlib.AbstractContextManager[None] | None = None,
     ) -> ProcessEnd:
         """Calls `function(connection, *arguments)` in a new process and waits for its end.
 
-        What it sends over the connection reaches on_message; what it prints goes to log_file. on_start(pid) is a
-        context held while it runs. An exception here, Ctrl-C too, kills the process before it passes on.
+        What it sends over the connection reaches on_message; what it prints goes to log_file. while_running is
+        held from its start to its end. An exception here, Ctrl-C too, kills the process before it passes on.
         """
         receiver, sender = self._context.Pipe(duplex=False)
         process = self._context.Process(
@@ -77,9 +77,8 @@ class ForkServer:
             return ProcessEnd(255)
         finally:
             sender.close()
-        assert process.pid is not None
         try:
-            with on_start(process.pid) if on_start else contextlib.nullcontext():
+            with while_running or contextlib.nullcontext():
                 for message in _messages(receiver, process.sentinel):
                     on_message(message)
                 process.join()

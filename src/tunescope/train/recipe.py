@@ -13,6 +13,7 @@ from tunescope.errors import UserError
 RECIPES = {"mixtral": "mixtral_qlora.yaml"}
 # Keys by which a recipe would run code that came with a model, or hide what is measured.
 _REFUSED = {"trust_remote_code": "code inside a checkpoint would run on your machine"}
+_OVERRIDE_CURE = "write it as in a recipe, with '=': lora_rank=8"
 
 
 def recipe_folder() -> Path:
@@ -27,7 +28,10 @@ def load_recipe(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"there is no recipe {path}", cure=f"the project's own are in {recipe_folder()}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"{path} is not readable as YAML: {' '.join(str(error).split())}",
+            cure="see the recipes in LLaMA-Factory/",
+        ) from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(
             f"{path} is not a recipe: it must be 'key: value' lines",
@@ -54,8 +58,13 @@ def with_overrides(recipe: Mapping[str, Any], overrides: list[str]) -> dict[str,
     for item in overrides:
         key, separator, value = item.partition("=")
         if not separator or not key:
-            raise UserError(f"override {item!r} is not key=value")
-        changed[key] = yaml.safe_load(value)
+            raise UserError(f"override {item!r} is not key=value", cure=_OVERRIDE_CURE)
+        try:
+            changed[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"override {item!r} is not readable as YAML: {' '.join(str(error).split())}", cure=_OVERRIDE_CURE
+            ) from None
     return check_recipe(changed, "the command line")
 
 
