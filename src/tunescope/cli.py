@@ -56,7 +56,7 @@ def run_throughput(
         bool, typer.Option("--reentrant", help="reentrant gradient checkpointing (the study: not)")
     ] = False,
     max_seconds: Annotated[
-        float | None, typer.Option(help="time a point no longer than this, narrow interval or not; 600 if not given")
+        float | None, typer.Option(help="after 20 steps, time a point no longer than this; 600 if not given")
     ] = None,
     memory_budget_gib: Annotated[float | None, typer.Option(help="use no more GPU memory than this")] = None,
 ) -> None:

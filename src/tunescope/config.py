@@ -85,7 +85,9 @@ def check_point(point: Point) -> None:
     }
     for field, largest in limits.items():
         value = getattr(point, field)
-        if value is not None and not 1 <= value <= largest:
+        if value is None and field == "seq_len_tokens":
+            continue
+        if type(value) is not int or not 1 <= value <= largest:
             raise UserError(f"{field} is {value}; it must be from 1 to {largest}")
     if point.preset not in PRESETS:
         raise unknown_preset(point.preset)

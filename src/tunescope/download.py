@@ -97,8 +97,15 @@ def _plan(repo: HubRepo, cache: Path) -> Plan:
 
 
 def _remote_files(repo: HubRepo) -> tuple[RemoteFile, ...]:
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
+    try:
+        import huggingface_hub
+        from huggingface_hub.utils import filter_repo_objects
+    except ImportError:
+        raise UserError(
+            "the package huggingface-hub is not installed here",
+            cause="this environment has the reading side of tunescope only",
+            cure="run python3 model_download.py from a checkout, or pip install huggingface-hub",
+        ) from None
 
     with _hub_errors(repo):
         info = huggingface_hub.HfApi().model_info(repo.repo_id, revision=repo.revision, files_metadata=True)

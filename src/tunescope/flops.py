@@ -43,6 +43,8 @@ def forward_flop(config: dict[str, Any], recipe: dict[str, Any]) -> ForwardFlop:
     }
     rank = int(recipe["lora_rank"])
     targets = [name.strip() for name in str(recipe["lora_target"]).split(",")]
+    if targets == ["all"]:
+        targets = list(linears)
     lora_weights = sum(rank * size * runs for name, (size, runs) in linears.items() if name in targets)
     return ForwardFlop(
         layers=2.0 * layers * active_weights,

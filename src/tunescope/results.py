@@ -153,7 +153,7 @@ def find_point_folders(folder: Path) -> Iterator[Path]:
     """Every finished point folder at or below `folder`, sorted by path; unfinished and superseded ones are not."""
     for root, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not _is_set_aside(name))
-        if POINT_FILE in files or (OUTCOME_FILE in files and STEPS_FILE in files):
+        if not {POINT_FILE, OUTCOME_FILE, STEPS_FILE}.isdisjoint(files):
             names.clear()
             yield Path(root)
 

@@ -18,7 +18,10 @@ GIB = 2**30
 
 def launch(out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tunescope", "run", "throughput", "--out", str(out), *flags]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO / "src"), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(REPO / "src"), os.environ.get("PYTHONPATH", "")]),
+        "TUNESCOPE_PYTHON": sys.executable,  # as it is, also where the machine's own torch stands in for the pins
+    }
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 

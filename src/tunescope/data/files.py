@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,16 @@ def dataset_name(path: Path) -> str:
     return re.sub(r"[^a-z0-9_.]+", "_", path.stem.lower()).strip("_.") or "data"
 
 
-def check_dataset_file(path: Path) -> dict[str, Any]:
-    """LLaMA-Factory's description (`dataset_info.json` entry) of a data file, from what is in it.
+@dataclass(frozen=True)
+class DataFile:
+    """A checked file. entry: its description in LLaMA-Factory's dataset_info.json."""
+
+    entry: dict[str, Any]
+    num_queries: int
+
+
+def check_dataset_file(path: Path) -> DataFile:
+    """What LLaMA-Factory must be told of a data file, from what is in it.
 
     Every row is checked, so that a run does not die on row 10,000, and no row that the engine would drop with a
     warning shrinks the data set unseen. Raises UserError naming file, row (from 0) and cure.
@@ -64,17 +73,18 @@ def check_dataset_file(path: Path) -> dict[str, Any]:
         columns = {"prompt": "instruction", "response": "output"}
         if any("input" in row for row in rows):
             columns["query"] = "input"
-        return {"file_name": str(path.resolve()), "columns": columns}
+        return DataFile({"file_name": str(path.resolve()), "columns": columns}, len(rows))
     for column, tags in _SHAREGPT.items():
         if column in first:
             _check_messages(path, rows, column, tags)
             _check_columns(path, rows)
-            return {
+            entry = {
                 "file_name": str(path.resolve()),
                 "formatting": "sharegpt",
                 "columns": {"messages": column},
                 "tags": tags,
             }
+            return DataFile(entry, len(rows))
     raise UserError(
         f"{path} is not in a format of LLaMA-Factory: its first row has {sorted(first)}",
         cure=_FORMATS_CURE,

@@ -1,18 +1,17 @@
 """From a launcher's flags to the list of points to measure. No torch: this also serves --dry-run and resuming."""
 
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunescope import checkpoints, config, paper
+from tunescope import config
 from tunescope.config import Point, Protocol
-from tunescope.data import files
 from tunescope.errors import UserError
 from tunescope.gpus import Gpu, driver_is_too_old, list_gpus
+from tunescope.measure import inputs
 from tunescope.measure.environment import cpu_name, package_versions
+from tunescope.measure.inputs import Data
 from tunescope.models import architectures
 from tunescope.models.architectures import Size
 from tunescope.results import SCHEMA_VERSION
@@ -121,10 +120,9 @@ def make_plan(options: Options) -> Plan:
         else config.parse_points(options.points, options.model)
     )
     gpu = choose_gpu(options.gpu)
-    given = _given_files(options.datasets)
-    data = _study_files() | given
+    given = inputs.given_files(options.datasets)
     if options.points is None:
-        points = _points_for_files(points, given)
+        points = inputs.points_for_files(points, given)
     if unused := given.keys() - {point.dataset for point in points}:
         raise UserError(
             f"no point trains on {', '.join(str(given[name]) for name in sorted(unused))}",
@@ -134,8 +132,8 @@ def make_plan(options: Options) -> Plan:
     recipe = recipes.load_recipe(recipes.recipe_folder() / recipes.RECIPES[options.model])
     recipe["use_reentrant_gc"] = options.reentrant
 
-    model_dir = _model_dir(options)
-    base = _checked_config(model_dir) if model_dir else architectures.built_in_config("full")
+    model_dir = inputs.find_model_dir(options.model, options.preset, options.model_path)
+    base = inputs.checked_config(model_dir) if model_dir else architectures.built_in_config("full")
     memory_bytes = architectures.with_budget(gpu.memory_total_bytes if gpu else None, options.memory_budget_gib)
     size = architectures.choose_size(
         base,
@@ -146,12 +144,11 @@ def make_plan(options: Options) -> Plan:
     )
     if size.preset == "tiny":
         base, model_dir = architectures.built_in_config("tiny"), None
-    weights = _weights_facts(model_dir)
+    weights = inputs.weights_facts(model_dir)
     device = gpu.name if gpu else cpu_name()
-    specs = [
-        _spec(point, options, recipe, base, model_dir, weights, data, gpu, device)
-        for point in config.points_at_depths(points, size.preset, list(size.depths), size.total_layers)
-    ]
+    points = config.points_at_depths(points, size.preset, list(size.depths), size.total_layers)
+    data = inputs.data_of_points(points, inputs.study_files() | given)
+    specs = [_spec(point, options, recipe, base, model_dir, weights, data[point], gpu, device) for point in points]
     return Plan(specs=specs, size=size, gpu=gpu, device=device)
 
 
@@ -170,27 +167,24 @@ def _spec(
     base: dict[str, Any],
     model_dir: Path | None,
     weights: dict[str, Any],
-    data: dict[str, Path],
+    data: Data,
     gpu: Gpu | None,
     device: str,
 ) -> PointSpec:
     protocol = replace(config.TINY_PROTOCOL if point.preset == "tiny" else Protocol(), num_queries=options.queries)
     if options.max_seconds is not None:
         protocol = replace(protocol, max_timed_s=options.max_seconds)
-    if options.queries is None:
-        num_samples = NUM_SAMPLES_TINY if point.preset == "tiny" else NUM_SAMPLES
-        max_steps = protocol.num_warmup_steps + protocol.max_timed_steps
-    else:
-        num_samples, max_steps = options.queries, None
+    usual = NUM_SAMPLES_TINY if point.preset == "tiny" else NUM_SAMPLES
+    num_samples = inputs.num_training_queries(point, data, options.queries, usual)
+    max_steps = protocol.num_warmup_steps + protocol.max_timed_steps if options.queries is None else None
     if point.seq_len_tokens is not None:  # or the engine would cut it at the recipe's limit, and no row would say so
         recipe = recipe | {"cutoff_len": max(int(recipe["cutoff_len"]), point.seq_len_tokens)}
-    data_file, data_facts = _data_for(point, data)
     workload = Workload(
         point=point,
         recipe=recipe,
         model_config=architectures.config_at(base, point.num_layers, point.top_k),
         model_dir=str(model_dir) if model_dir else None,
-        data_file=data_file,
+        data_file=None if data.entry is None else {"dataset_info": data.entry},
         num_samples=num_samples,
         max_steps=max_steps,
         use_cpu=gpu is None,
@@ -201,7 +195,7 @@ def _spec(
         workload=workload,
         protocol=protocol,
         weights=weights,
-        data=data_facts,
+        data=data.facts,
         device=device,
         memory_budget_bytes=budget_bytes if gpu else None,
     )
@@ -210,114 +204,3 @@ def _spec(
 def device_slug(gpu: Gpu | None) -> str:
     """Part of a folder's name: `nvidia-h200`, `cpu`."""
     return "cpu" if gpu is None else "-".join("".join(c if c.isalnum() else " " for c in gpu.name.lower()).split())
-
-
-# --- data ---
-
-
-def _study_files() -> dict[str, Path]:
-    """Data set name -> the study's file, where it lies in data/."""
-    data_dir = recipes.recipe_folder() / "data"
-    return {name: data_dir / file for name, file in files.REAL_FILES.items() if (data_dir / file).is_file()}
-
-
-def _given_files(given: Sequence[str]) -> dict[str, Path]:
-    """Data set name -> file, from `--dataset FILE` or `NAME=FILE`. Raises UserError for a name that would mislead."""
-    found: dict[str, Path] = {}
-    for item in given:
-        name, separator, path = item.partition("=")
-        is_named = bool(separator) and "/" not in name  # a path may hold a '=' too
-        file = Path(path if is_named else item).expanduser()
-        if not is_named:
-            name = files.dataset_name(file)
-            if name in files.REAL_FILES and file.name != files.REAL_FILES[name]:
-                raise UserError(
-                    f"{file} would be taken for the paper's data set {name!r} by its name, and compared with it",
-                    cure=f"write --dataset {name}={file} if it is that, --dataset my_{name}={file} if not",
-                )
-        if name in found:
-            raise UserError(
-                f"{found[name]} and {file} both have the name {name!r}", cure="name one of them: --dataset NAME=FILE"
-            )
-        found[name] = file
-    return found
-
-
-def _points_for_files(points: list[Point], given: dict[str, Path]) -> list[Point]:
-    """The figure's points; where a file is not of the paper's, the points of the CS group on it, and on what else is
-    given."""
-    own = [name for name in given if name not in config.PAPER_DATASETS]
-    if not own:
-        return points
-    return [point for point in points if point.dataset in given] + [
-        replace(point, dataset=name) for name in own for point in points if point.dataset == "cs"
-    ]
-
-
-def _data_for(point: Point, data: dict[str, Path]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """The engine's description of a point's file (None: synthetic) and the facts for its folder."""
-    file = data.get(point.dataset)
-    if file is not None and point.seq_len_tokens is None:
-        info = files.check_dataset_file(file)
-        return {"dataset_info": info}, {
-            "kind": "file",
-            "name": file.name,
-            "sha256": files.sha256_hex(file),
-        }
-    if point.seq_len_tokens is not None:
-        return None, {"kind": "synthetic", "lengths": "fixed"}
-    try:
-        paper.length_histogram(point.dataset)
-    except KeyError:
-        raise UserError(
-            f"there is no data for data set {point.dataset!r}",
-            cause=f"synthetic queries exist only for {' and '.join(config.PAPER_DATASETS)}",
-            cure=f"give a file: --dataset {point.dataset}=FILE",
-        ) from None
-    return None, {"kind": "synthetic", "lengths": "histogram of the paper's Figure 2"}
-
-
-# --- model ---
-
-
-def _model_dir(options: Options) -> Path | None:
-    if options.model_path is not None:
-        checkpoints.check_model_dir(options.model_path)
-        return options.model_path
-    return checkpoints.find_checkpoint(options.model) if options.preset != "tiny" else None
-
-
-def _checked_config(model_dir: Path) -> dict[str, Any]:
-    content = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    model_type, experts = content.get("model_type"), content.get("num_local_experts")
-    if model_type != "mixtral" or experts != config.NUM_EXPERTS["mixtral"]:
-        raise UserError(
-            f"{model_dir} holds a model of type {model_type!r} with {experts} experts",
-            cure="this launcher needs type mixtral with 8 experts",
-        )
-    for key in architectures.SIZES:
-        if type(content.get(key)) is not int or content[key] < 1:
-            raise UserError(
-                f"{model_dir / 'config.json'} says {key}: {content.get(key)!r}; it must be a number from 1",
-                cure="take the config.json that came with the model",
-            )
-    return content
-
-
-def _weights_facts(model_dir: Path | None) -> dict[str, Any]:
-    if model_dir is None or not _has_weights(model_dir):
-        return {"kind": "random"}
-    index = model_dir / "model.safetensors.index.json"
-    facts: dict[str, Any] = {"kind": "checkpoint"}
-    if model_dir.parent.name == "snapshots":  # a Hub snapshot: its name is the commit
-        facts |= {
-            "repo": model_dir.parent.parent.name.removeprefix("models--").replace("--", "/"),
-            "revision": model_dir.name,
-        }
-    if index.is_file():
-        facts["index_sha256"] = files.sha256_hex(index)
-    return facts
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))

@@ -150,7 +150,8 @@ def _outer_environment(spec: PointSpec) -> dict[str, Any]:
 
 def _cause(end: ProcessEnd, work_dir: Path) -> str:
     if end.exit_code == 1:  # an exception: its last line is in the log
-        lines = (work_dir / results.LOG_FILE).read_text(errors="replace").strip().splitlines()
+        log_file = work_dir / results.LOG_FILE
+        lines = log_file.read_text(errors="replace").strip().splitlines() if log_file.is_file() else []
         if lines:
             return lines[-1][:500]
     return end.cause
@@ -159,7 +160,8 @@ def _cause(end: ProcessEnd, work_dir: Path) -> str:
 def _line(outcome: dict[str, Any], folder: Path) -> str:
     if outcome["status"] == "ok":
         return "ok"
-    log = f"; log: {folder / results.LOG_FILE}" if outcome["status"] == "failed" else ""
+    log_file = folder / results.LOG_FILE
+    log = f"; log: {log_file}" if outcome["status"] == "failed" and log_file.is_file() else ""
     return f"{outcome['status']}: {outcome['cause']}{log}"
 
 

@@ -40,8 +40,15 @@ def run_recipe(settings: dict[str, Any], recipe: Path) -> None:
                 config, linked = read_json(model_dir / folder.CONFIG_FILE), Path(scratch) / "model"
                 folder.build_model_folder(linked, config, model_dir, int(arguments.get("cutoff_len", 2048)))
                 arguments["model_name_or_path"] = str(linked)
-        with engine_errors():
-            run_exp(arguments)
+        try:
+            with engine_errors():
+                run_exp(arguments)
+        except (ValueError, TypeError) as error:  # how the engine refuses a setting, wherever it first meets it
+            raise UserError(
+                f"LLaMA-Factory refuses this recipe: {error}",
+                cause="a setting has a value it cannot use, or the data does not fit its description",
+                cure="compare the recipe with those in LLaMA-Factory/",
+            ) from error
 
 
 def _local_model(name: str) -> Path | None:

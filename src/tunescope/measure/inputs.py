@@ -1,0 +1,169 @@
+"""Which data and which weights a launcher's flags stand for: found, checked and described before anything starts."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tunescope import checkpoints, config, paper
+from tunescope.config import Point
+from tunescope.data import files
+from tunescope.errors import UserError
+from tunescope.models import architectures
+from tunescope.train import recipe as recipes
+
+MIN_BATCHES = 4  # in a training set, so that an epoch is not mostly its own end
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a point trains on. entry: the engine's description of a file, None for synthetic queries.
+
+    facts: what the point's folder says of it. num_queries: rows of the file, None where any number can be made.
+    """
+
+    entry: dict[str, Any] | None
+    facts: dict[str, Any]
+    num_queries: int | None
+
+
+def study_files() -> dict[str, Path]:
+    """Data set name -> the study's file, where it lies in data/."""
+    data_dir = recipes.recipe_folder() / "data"
+    return {name: data_dir / file for name, file in files.REAL_FILES.items() if (data_dir / file).is_file()}
+
+
+def given_files(given: Sequence[str]) -> dict[str, Path]:
+    """Data set name -> file, from `--dataset FILE` or `NAME=FILE`. Raises UserError for a name that would mislead."""
+    found: dict[str, Path] = {}
+    for item in given:
+        name, separator, path = item.partition("=")
+        is_named = bool(separator) and "/" not in name  # a path may hold a '=' too
+        file = Path(path if is_named else item).expanduser()
+        if not is_named:
+            name = files.dataset_name(file)
+            if name in files.REAL_FILES and file.name != files.REAL_FILES[name]:
+                raise UserError(
+                    f"{file} would be taken for the paper's data set {name!r} by its name, and compared with it",
+                    cure=f"write --dataset {name}={file} if it is that, --dataset my_{name}={file} if not",
+                )
+        if name in found:
+            raise UserError(
+                f"{found[name]} and {file} both have the name {name!r}", cure="name one of them: --dataset NAME=FILE"
+            )
+        found[name] = file
+    return found
+
+
+def points_for_files(points: list[Point], given: dict[str, Path]) -> list[Point]:
+    """The figure's points; where a file is not of the paper's, the points of the CS group on it, and on what else is
+    given."""
+    own = [name for name in given if name not in config.PAPER_DATASETS]
+    if not own:
+        return points
+    return [point for point in points if point.dataset in given] + [
+        replace(point, dataset=name) for name in own for point in points if point.dataset == "cs"
+    ]
+
+
+def data_of_points(points: Iterable[Point], named: dict[str, Path]) -> dict[Point, Data]:
+    """What each point trains on; every file is read and checked once. Raises UserError."""
+    described: dict[str, Data] = {}
+    found = {}
+    for point in points:
+        if point.seq_len_tokens is not None:
+            found[point] = Data(None, {"kind": "synthetic", "lengths": "fixed"}, None)
+            continue
+        if point.dataset not in described:
+            described[point.dataset] = _described(point.dataset, named.get(point.dataset))
+        found[point] = described[point.dataset]
+    return found
+
+
+def _described(dataset: str, file: Path | None) -> Data:
+    if file is not None:
+        checked = files.check_dataset_file(file)
+        facts = {"kind": "file", "name": file.name, "sha256": files.sha256_hex(file)}
+        return Data(checked.entry, facts, checked.num_queries)
+    try:
+        paper.length_histogram(dataset)
+    except KeyError:
+        raise UserError(
+            f"there is no data for data set {dataset!r}",
+            cause=f"synthetic queries exist only for {' and '.join(config.PAPER_DATASETS)}",
+            cure=f"give a file: --dataset {dataset}=FILE",
+        ) from None
+    return Data(None, {"kind": "synthetic", "lengths": "histogram of the paper's Figure 2"}, None)
+
+
+def num_training_queries(point: Point, data: Data, asked: int | None, usual: int) -> int:
+    """Size of the training set: what was asked for, else `usual` or a few batches, as far as the data goes.
+
+    A batch is never larger than the set, which would train less than its row says. Raises UserError where fewer than
+    two steps would come of it: one warms up and one is timed.
+    """
+    batch = point.per_device_batch_size
+    if asked is not None:
+        if data.num_queries is not None and asked > data.num_queries:
+            raise UserError(f"--queries {asked} is more than the {data.num_queries} in the file of {point.dataset}")
+        if asked <= batch:
+            raise UserError(
+                f"--queries {asked} is one step at batch {batch}; at least two are needed",
+                cause="the first step only warms up",
+                cure=f"use --queries {2 * batch} or more, or a smaller batch",
+            )
+        return asked
+    wanted = max(usual, MIN_BATCHES * batch)
+    if data.num_queries is None:
+        return wanted
+    if data.num_queries < 2 * batch:
+        raise UserError(
+            f"the file of {point.dataset} has {data.num_queries} queries: less than two batches of {batch}",
+            cure="use more data or a smaller batch",
+        )
+    return min(wanted, data.num_queries)
+
+
+def find_model_dir(model: str, preset: str, model_path: Path | None) -> Path | None:
+    """The folder of weights to use, None for random ones. Raises UserError for a path that is not a model."""
+    if model_path is not None:
+        checkpoints.check_model_dir(model_path)
+        return model_path
+    return checkpoints.find_checkpoint(model) if preset != "tiny" else None
+
+
+def checked_config(model_dir: Path) -> dict[str, Any]:
+    """A folder's config.json, which must describe a model of this launcher's kind. Raises UserError."""
+    content = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    model_type, experts = content.get("model_type"), content.get("num_local_experts")
+    if model_type != "mixtral" or experts != config.NUM_EXPERTS["mixtral"]:
+        raise UserError(
+            f"{model_dir} holds a model of type {model_type!r} with {experts} experts",
+            cure="this launcher needs type mixtral with 8 experts",
+        )
+    for key in architectures.SIZES:
+        if type(content.get(key)) is not int or content[key] < 1:
+            raise UserError(
+                f"{model_dir / 'config.json'} says {key}: {content.get(key)!r}; it must be a number from 1",
+                cure="take the config.json that came with the model",
+            )
+    return content
+
+
+def weights_facts(model_dir: Path | None) -> dict[str, Any]:
+    """What the point's folder says of the weights: random, or which checkpoint, by what tells two apart quickly."""
+    weights = (
+        sorted(path for pattern in ("*.safetensors", "*.bin") for path in model_dir.glob(pattern)) if model_dir else []
+    )
+    if model_dir is None or not weights:
+        return {"kind": "random"}
+    facts: dict[str, Any] = {"kind": "checkpoint"}
+    if model_dir.parent.name == "snapshots":  # a Hub snapshot: its name is the commit
+        facts["repo"] = model_dir.parent.parent.name.removeprefix("models--").replace("--", "/")
+        facts["revision"] = model_dir.name
+    facts["weight_bytes"] = sum(path.stat().st_size for path in weights)
+    for name in ("config.json", "model.safetensors.index.json", "tokenizer.json"):
+        if (model_dir / name).is_file():
+            facts[f"{name}_sha256"] = files.sha256_hex(model_dir / name)
+    return facts

@@ -1,0 +1,27 @@
+"""Fixtures shared by several test files."""
+
+import shutil
+from pathlib import Path
+
+import launching
+import pytest
+
+
+@pytest.fixture(scope="session")
+def recorded_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with CS_SPARSE and CS_DENSE as a launcher left them. Not to be changed: see `recorded`.
+
+    It ran in a folder of files with the names of modules, none of which may be what is imported.
+    """
+    folder = tmp_path_factory.mktemp("recorded")
+    for name in ("torch.py", "tunescope.py", "json.py", "typer.py", "datasets.py"):
+        (folder / name).write_text("raise SystemExit('the wrong file was imported')")
+    done = launching.measure(folder / "throughput", "cs:sparse:bs=1 cs:dense:bs=1", cwd=folder)
+    assert done.code == 0, done.err
+    return folder / "throughput"
+
+
+@pytest.fixture
+def recorded(recorded_once: Path, tmp_path: Path) -> Path:
+    """A copy of `recorded_once`, the test's own to spoil."""
+    return shutil.copytree(recorded_once, tmp_path / "throughput")
