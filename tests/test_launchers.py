@@ -64,7 +64,7 @@ FIGURE_8 = [
 
 def test_the_readmes_commands_give_the_figure_and_a_second_run_only_skips(clone: Path, without_torch: str) -> None:
     inside = clone / "LLaMA-Factory"
-    measured = command("./mixtral_tp.sh --preset tiny --queries 6", inside)
+    measured = command("./mixtral_tp.sh", inside)
     assert measured.code == 0, measured.err
     assert "[8/8]" in measured.err
     told = measured.out.strip().splitlines()[-1]
@@ -84,7 +84,7 @@ def test_the_readmes_commands_give_the_figure_and_a_second_run_only_skips(clone:
 
     names = {path.name for path in (clone / "profile_data/mixtral/throughput").iterdir()}
     for folder in (inside, clone):
-        again = command("./mixtral_tp.sh --preset tiny --queries 6", folder, PYTHONPATH=without_torch)
+        again = command("./mixtral_tp.sh", folder, PYTHONPATH=without_torch)
         assert again.code == 0, again.err
         assert "8 of 8 points are measured already and are skipped" in again.err
     assert {path.name for path in (clone / "profile_data/mixtral/throughput").iterdir()} == names
@@ -94,7 +94,7 @@ def test_nothing_that_a_run_leaves_is_offered_for_a_commit(clone: Path) -> None:
     """Results, tables and caches are the user's."""
     done = command("git init -q && git add -A && git ls-files", clone)
     assert "profile_data/README.md" in done.out.splitlines()
-    kept = {Path(name).name for name in done.out.splitlines()}
+    kept = {Path(name).name for name in done.out.splitlines() if not name.startswith("docs/results/")}
     assert not kept & {"mixtral_throughput.txt", "point.json", "steps.arrow", ".lock"}
     assert "__pycache__" not in done.out
 
