@@ -325,3 +325,17 @@ def test_durations_of_gpu_events_are_kept_to_the_nanosecond() -> None:
 
     assert steps_module._between_ns((Event(1.0), 0), (Event(1366.25), 5)) == 1_365_250_000
     assert steps_module._between_ns((None, 7), (None, 19)) == 12
+
+
+def test_the_end_of_a_noisy_point_is_foreseen(clock: Clock) -> None:
+    """By its interval, or by the time it may take: the bar must not stand at 99 % for ten minutes."""
+    noisy = [900 * MS, 1_100 * MS] * 1_000
+    seen: list[tuple[int, int]] = []
+    _, _, done = train(clock, Protocol(max_timed_s=1e6), noisy, progress=seen)
+    assert done > 300
+    assert seen[100][1] == pytest.approx(done, rel=0.1)
+    seen.clear()
+    _, _, done = train(clock, Protocol(max_timed_s=60.0), noisy, progress=seen)
+    assert done == 3 + 60
+    assert seen[40][1] == pytest.approx(done, abs=2)
+    assert seen[-1] == (done, done)

@@ -4,6 +4,7 @@ A step's window runs from the end of the step before to its own end, so windows 
 forward, backward, clipping and optimizer are all inside, and nothing inside waits for the GPU.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ Progress = Callable[[int, int], None]
 class StepRecorder(TrainerCallback):
     """Records one row per optimizer step (results.STEPS_SCHEMA) and ends training when the protocol is met.
 
-    on_progress(steps done, steps expected) is called after every step, outside nothing: keep it short.
+    on_progress(steps done, steps expected) is called after every step, inside the next one's window: keep it short.
     Rows are complete only after training; read `rows()` then.
     """
 
@@ -41,6 +42,7 @@ class StepRecorder(TrainerCallback):
         self.timed_start_unix_ns = 0
         self.timed_end_unix_ns = 0
         self.interval_reached = False
+        self._expected_timed_steps = protocol.min_timed_steps
         self._boundaries: list[tuple[Any, int]] = []  # (CUDA event or None, host clock ns): one more than steps
         self._reopened: dict[int, tuple[Any, int]] = {}  # step -> its window's start, where that is not the boundary
         self._micro_batches: list[list[tuple[int, int, Any]]] = [[]]  # per step: (queries, slots a query, tokens)
@@ -68,11 +70,10 @@ class StepRecorder(TrainerCallback):
         done = len(self._boundaries) - 1
         if done == self.num_warmup_steps:
             self._start_timed_steps(done)
-        expected = self._expected_steps(state.max_steps)
         if self.protocol.num_queries is None and self._is_enough(done):
             control.should_training_stop = True
-            expected = done
-        self.on_progress(done, expected)
+            self._expected_timed_steps = done - self.num_warmup_steps
+        self.on_progress(done, self._expected_steps(state.max_steps))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._on_gpu:
@@ -119,7 +120,12 @@ class StepRecorder(TrainerCallback):
         queries = [self._num_queries(step) for step in range(self.num_warmup_steps, len(self._durations_ns))]
         if len(durations_ns) < self.protocol.min_timed_steps:
             return False
-        self.interval_reached = interval_width_frac(queries, durations_ns) < STOP_MARGIN * self.protocol.interval_frac
+        width_frac, wanted_frac = interval_width_frac(queries, durations_ns), STOP_MARGIN * self.protocol.interval_frac
+        self.interval_reached = width_frac < wanted_frac
+        # For the progress bar: an interval narrows as one over the root of the steps, and time may run out before.
+        for_interval = timed * (width_frac / wanted_frac) ** 2
+        for_time = timed * self.protocol.max_timed_s * 1e9 / timed_host_ns
+        self._expected_timed_steps = math.ceil(min(for_interval, for_time, self.protocol.max_timed_steps))
         return self.interval_reached
 
     def _read_finished_steps(self) -> None:
@@ -137,7 +143,7 @@ class StepRecorder(TrainerCallback):
     def _expected_steps(self, max_steps: int) -> int:
         if self.protocol.num_queries is not None:
             return max_steps
-        return min(max_steps, self.num_warmup_steps + self.protocol.min_timed_steps)
+        return min(max_steps, self.num_warmup_steps + self._expected_timed_steps)
 
     # --- results ---
 
