@@ -27,11 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from tunescope import results  # noqa: E402
+from tunescope.gpus import show_only  # noqa: E402
 from tunescope.measure import worker  # noqa: E402
 from tunescope.measure.environment import git_revision, package_versions  # noqa: E402
 from tunescope.measure.gpu_sampler import GpuSampler  # noqa: E402
 from tunescope.measure.plan import Options, Plan, PointSpec, make_plan  # noqa: E402
-from tunescope.measure.sweep import PRELOAD, choose_device  # noqa: E402
+from tunescope.measure.sweep import PRELOAD  # noqa: E402
 from tunescope.train.forkserver import ForkServer  # noqa: E402
 
 CSV = Path(__file__).with_name("overhead.csv")
@@ -131,7 +132,7 @@ def main() -> None:
         protocol=replace(first.protocol, num_queries=num_queries),
         workload=replace(first.workload, num_samples=num_queries, max_steps=None),
     )
-    choose_device(plan.gpu)
+    show_only(plan.gpu)
     server = ForkServer(PRELOAD)
     few = 2 * spec.workload.point.per_device_batch_size
     run_one(server, plan, replace(spec, workload=replace(spec.workload, num_samples=few)), run_bare)  # warms the disk

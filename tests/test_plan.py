@@ -37,6 +37,7 @@ def gpu(name: str = "NVIDIA A40", memory_gib: float = 44.4, **more: Any) -> Gpu:
         "ecc_enabled": True,
         "persistence_enabled": True,
         "mig_enabled": False,
+        "is_mig_slice": False,
     }
     return Gpu(**settings | more)
 
@@ -211,26 +212,57 @@ def test_identity_is_of_the_contents_of_a_data_file_and_not_of_its_place(tmp_pat
 def test_identity_is_of_the_weights_and_not_of_their_place(tmp_path: Path, machine: Callable[..., None]) -> None:
     machine(gpu())
 
-    def checkpoint(folder: Path, index: str) -> Path:
+    def checkpoint(folder: Path, **more: str) -> Path:
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
-        (folder / "model.safetensors").write_bytes(b"x")
-        (folder / "model.safetensors.index.json").write_text(index)
+        (folder / "model-1.safetensors").write_bytes(b"x")
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-1.safetensors"}}')
+        for name, text in more.items():
+            (folder / name.replace("__", ".")).write_text(text)
         return folder
 
     def hash_of(folder: Path) -> str:
-        plan_checks = pytest.MonkeyPatch()
-        plan_checks.setattr(inputs.checkpoints, "check_model_dir", lambda path: None)
-        try:
-            return recipe_hash(only_spec(model_path=folder))
-        finally:
-            plan_checks.undo()
+        return recipe_hash(only_spec(model_path=folder))
 
-    one, copied, other = (
-        checkpoint(tmp_path / name, index) for name, index in (("a", "{}"), ("b", "{}"), ("c", "{ }"))
-    )
-    assert hash_of(one) == hash_of(copied) != hash_of(other)
+    one, copied = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
+    assert hash_of(one) == hash_of(copied)
+    index = {"model__safetensors__index__json": '{"weight_map": {"v": "model-1.safetensors"}}'}
+    others = [
+        checkpoint(tmp_path / "c", **index),
+        checkpoint(tmp_path / "d", tokenizer__model="pieces"),
+        checkpoint(tmp_path / "e", tokenizer__model="other pieces"),
+        checkpoint(tmp_path / "f", tokenizer_config__json="{}"),
+    ]
+    assert len({hash_of(folder) for folder in (one, *others)}) == 5
     assert hash_of(one) != recipe_hash(only_spec())  # random weights of the same model
+
+
+def test_a_tokenizer_put_beside_a_config_is_another_point(tmp_path: Path, machine: Callable[..., None]) -> None:
+    machine(gpu())
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
+    before = recipe_hash(only_spec(model_path=tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert recipe_hash(only_spec(model_path=tmp_path)) != before
+
+
+def test_settings_that_change_speed_are_part_of_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
+    before = recipe_hash(only_spec())
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    assert recipe_hash(only_spec()) != before
+    assert only_spec().point_json()["stack"]["python"].startswith("3.")
+
+
+def test_a_board_divided_by_mig_is_not_measured_as_a_whole(machine: Callable[..., None]) -> None:
+    machine(gpu(mig_enabled=True))
+    with pytest.raises(UserError, match="MIG"):
+        make_plan(Options(points="cs:sparse:bs=1"))
+
+
+@pytest.mark.parametrize(("max_seconds", "queries"), [(float("inf"), None), (0.0, None), (60.0, 100)])
+def test_a_time_limit_that_means_nothing_is_refused(max_seconds: float, queries: int | None) -> None:
+    with pytest.raises(UserError, match="--max-seconds"):
+        make_plan(Options(points="cs:sparse:bs=1", preset="tiny", max_seconds=max_seconds, queries=queries))
 
 
 def test_point_json_names_no_place(tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ def test_bars_are_never_mixed(tmp_path: Path) -> None:
         {"point_changes": {"recipe": {"lora_rank": 8, "lora_target": "w1,w2,w3,gate"}}},
         {"point_changes": {"stack": {"torch": "2.10.0"}}},
         {"point_changes": {"moe": "fast"}},
+        {"environment": gpu_environment() | {"cpu": "another CPU"}},
+        {"environment": gpu_environment() | {"git_revision": "1" * 40}},
     ],
 )
 def test_no_line_through_two_ways_of_running(other: dict, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tunescope import checkpoints
 from tunescope.models import mixtral, tokenizer
 from tunescope.models.architectures import MIXTRAL_8X7B, MIXTRAL_TINY, config_at
 from tunescope.models.folder import build_model_folder
@@ -73,7 +74,7 @@ def test_without_a_source_it_holds_a_config_and_a_tokenizer(tmp_path: Path) -> N
     assert build_model_folder(tmp_path / "model", config, None, 1024) == tokenizer.KIND
     read = AutoConfig.from_pretrained(tmp_path / "model")
     assert (read.num_experts_per_tok, read.num_hidden_layers, read.hidden_size) == (8, 2, 64)
-    assert not mixtral.holds_weights(tmp_path / "model")
+    assert not checkpoints.holds_weights(tmp_path / "model")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "model")) == VOCAB_SIZE
 
 
@@ -91,7 +92,7 @@ def test_a_source_is_linked_and_never_changed(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "model.safetensors").resolve() == source / "model.safetensors"
     assert not (tmp_path / "model" / "config.json").is_symlink()
     assert json.loads((tmp_path / "model" / "config.json").read_text()) == config
-    assert mixtral.holds_weights(tmp_path / "model")
+    assert checkpoints.holds_weights(tmp_path / "model")
 
 
 def test_a_source_without_a_tokenizer_gets_one(tmp_path: Path) -> None:
@@ -171,3 +172,19 @@ def test_a_folder_with_weights_is_loaded_and_not_made_up(random_model, tmp_path:
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
     with torch.no_grad():
         model.lm_head.weight[0, 0] -= 1
+
+
+def test_a_generated_tokenizer_is_never_written_through_a_link(tmp_path: Path) -> None:
+    """Some tokenizer files but no tokenizer: ours of the same names must not land in the user's folder."""
+    source = tmp_path / "half"
+    source.mkdir()
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        (source / name).write_text('{"mine": 1}')
+    (source / "config.json").write_text(json.dumps(MIXTRAL_TINY))
+    (source / "model-00001-of-00001.safetensors").write_bytes(b"weights")
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-00001-of-00001.safetensors"}}')
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    assert build_model_folder(tmp_path / "model", MIXTRAL_TINY, source, 1024) == tokenizer.KIND
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    linked = {path.name for path in (tmp_path / "model").iterdir() if path.is_symlink()}
+    assert linked == {"model-00001-of-00001.safetensors", "model.safetensors.index.json"}

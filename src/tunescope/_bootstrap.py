@@ -78,6 +78,11 @@ def need_of(argv: List[str]) -> str:
     return "download" if command == "download" else "base"
 
 
+def answers_for_training(argv: List[str]) -> bool:
+    """Commands that need no torch, but speak of the environment that a training run would have."""
+    return argv[:1] == ["doctor"] or "--dry-run" in argv
+
+
 def choose_python(need_name: str, argv: List[str], no_install: bool) -> str:
     """The interpreter to use; as a last resort, .venv with the packages just installed."""
     given = os.environ.get("TUNESCOPE_PYTHON")
@@ -89,7 +94,10 @@ def choose_python(need_name: str, argv: List[str], no_install: bool) -> str:
                 cure="give the full path of a Python interpreter, or unset the variable.",
             )
         return python
-    found = find_satisfied(need_name)
+    found = None
+    if need_name == "base" and answers_for_training(argv):
+        found = find_satisfied("train")  # of the environment that would train, where there is one
+    found = found or find_satisfied(need_name)
     if trains_on_gpu(argv):
         refuse_old_driver(torch_version=found[1]["torch"] if found else "")
     if found:

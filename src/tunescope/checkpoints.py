@@ -6,6 +6,7 @@ Snapshots lie where huggingface_hub puts them: HUB_CACHE/models--OWNER--NAME/sna
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +163,13 @@ def check_model_dir(folder: Path) -> None:
         )
     _read_json(folder / "config.json")
     shards = _weight_files(folder) or []
+    if not shards and (stray := sorted(p.name for p in folder.iterdir() if _looks_like_weights(p.name))):
+        raise UserError(
+            f"{folder} has weights that cannot be loaded: {', '.join(stray[:3])}.",
+            cause="they are in another format, or their index file is missing.",
+            cure="give the folder of safetensors files with their index; a folder with a config.json alone gets random "
+            "weights.",
+        )
     lacking = [name for name in shards if not _holds(folder, name)]
     if lacking:
         raise UserError(
@@ -169,6 +177,23 @@ def check_model_dir(folder: Path) -> None:
             cause="the download or the copy of this model did not finish.",
             cure="fetch it again: what is already there is kept.",
         )
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of this name belongs to a model's weights: a shard, the single file, or their index."""
+    return name in WEIGHT_INDEXES + WEIGHT_FILES or bool(
+        re.fullmatch(r"(model|pytorch_model)-.*\.(safetensors|bin)", name)
+    )
+
+
+def _looks_like_weights(name: str) -> bool:
+    return is_weight_file(name) or bool(re.fullmatch(r".*\.safetensors|consolidated.*|.*\.pth|.*\.gguf", name))
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds weights that can be loaded: an index, or the single file. Raises UserError for an index
+    that cannot be one."""
+    return _weight_files(folder) is not None
 
 
 def _find(repo: HubRepo, cache: Path | None) -> Path | None:

@@ -1,5 +1,6 @@
 """Experiments as data: a Point is one measured run, a grid is a figure's list of them. No torch here."""
 
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -172,8 +173,8 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.num_queries is not None and self.num_queries < 1:
             raise UserError(f"--queries is {self.num_queries}; it must be at least 1")
-        if not self.max_timed_s > 0:
-            raise UserError(f"--max-seconds is {self.max_timed_s:g}; it must be positive")
+        if not 0 < self.max_timed_s < math.inf:
+            raise UserError(f"--max-seconds is {self.max_timed_s:g}; it must be a positive number")
 
 
 # On two shared CPU cores the interval is noise of the machine: the tiny preset shows that all works, briefly.

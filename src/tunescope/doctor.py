@@ -11,8 +11,8 @@ from tunescope.errors import UserError
 from tunescope.gpus import Gpu, driver_is_too_old, list_gpus
 from tunescope.measure.environment import STACK, cpu_name, git_revision, package_versions
 from tunescope.models import architectures
+from tunescope.models.architectures import GIB
 
-GIB = 2**30
 # Read by the driver at boot; 1 keeps the counters for root.
 _NVIDIA_PARAMETERS = Path("/proc/driver/nvidia/params")
 
@@ -31,7 +31,7 @@ def examine() -> Iterator[str]:
     yield from _ncu(bool(found.gpus))
     yield from _checkpoints()
     yield from _packages()
-    yield _disk("results", Path.cwd())
+    yield _disk("results", Path(__file__).resolve().parents[2] / "profile_data")
     yield _disk("Hub cache", checkpoints.hub_cache())
     yield _preset(found.gpus[0] if found.gpus else None)
 

@@ -40,6 +40,7 @@ class Gpu:
     ecc_enabled: bool | None
     persistence_enabled: bool | None
     mig_enabled: bool
+    is_mig_slice: bool
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,13 @@ def list_gpus(environ: Mapping[str, str] = os.environ) -> GpuInventory:
         return GpuInventory(problem=f"NVML failed while listing the GPUs: {error}.")
     finally:
         pynvml.nvmlShutdown()
+
+
+def show_only(gpu: Gpu | None) -> None:
+    """Shows one GPU, or none, to CUDA in this process and those started from here on. Call before CUDA starts."""
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # so that the index means NVML's GPU and not the fastest
+    # By index, which Zeus needs; a MIG slice has none of its own and goes by its UUID.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if gpu is None else gpu.uuid if gpu.is_mig_slice else str(gpu.index)
 
 
 def driver_is_too_old(version: str) -> bool:
@@ -174,6 +182,7 @@ def _describe(pynvml: Any, handle: Any) -> Gpu:
         ecc_enabled=None if ecc is None else bool(ecc[0]),  # [current, after the next reboot]
         persistence_enabled=None if persistence is None else bool(persistence),
         mig_enabled=is_slice or bool(mig and mig[0]),
+        is_mig_slice=is_slice,
     )
 
 

@@ -118,7 +118,7 @@ def _identity(found: results.PointFolder) -> dict[str, Any]:
         "torch": found.environment["packages"].get("torch"),
         "git_revision": found.environment.get("git_revision"),
         "recipe_hash": found.point["recipe_hash"],
-        "setup_hash": _setup_hash(found.point),
+        "setup_hash": _setup_hash(found.point, found.environment),
         "is_papers_model": paper.is_papers_model(point.model, found.point["model_config"], point.total_layers),
         "point_id": found.point["point_id"],
         "folder": str(found.path),
@@ -131,9 +131,17 @@ def _identity(found: results.PointFolder) -> dict[str, Any]:
     return row
 
 
-def _setup_hash(point: dict[str, Any]) -> str:
-    """The same for points that differ only in their bar, their depth or how long they were measured."""
-    setup = {key: point.get(key) for key in ("recipe", "weights", "data", "moe", "stack", "use_cpu")}
+def _setup_hash(point: dict[str, Any], environment: dict[str, Any]) -> str:
+    """The same for points that differ only in their bar, their depth or how long they were measured.
+
+    The machine is part of it: one GPU beside two CPUs took 1.4 and 2.2 s for the same step (docs/LOG.md).
+    """
+    nvml = (environment.get("gpu") or {}).get("nvml") or {}
+    setup = {
+        **{key: point.get(key) for key in ("recipe", "weights", "data", "moe", "stack", "speed_settings", "use_cpu")},
+        **{key: environment.get(key) for key in ("cpu", "cpu_cores", "python", "git_revision")},
+        **{key: nvml.get(key) for key in ("driver_version", "power_limit_w")},
+    }
     return hashlib.sha256(json.dumps(setup, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -18,7 +18,8 @@ class EnergyMeter:
         try:
             from zeus.monitor import ZeusMonitor
 
-            self._monitor = ZeusMonitor(gpu_indices=[0], approx_instant_energy=False)
+            # No CPUs: Zeus would start a process to watch their counters, which a point's process may not do.
+            self._monitor = ZeusMonitor(gpu_indices=[0], cpu_indices=[], approx_instant_energy=False)
         except Exception as error:  # Zeus raises a type of its own for each way a GPU may refuse
             self.why_not = f"Zeus: {type(error).__name__}: {' '.join(str(error).split())}"[:200]
 

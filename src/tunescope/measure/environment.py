@@ -16,7 +16,16 @@ STACK = (
     "torch", "triton", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "llamafactory",
     "flash-attn", "mamba-ssm", "causal-conv1d",
 )  # fmt: skip
+_SPEED_VARIABLES = (
+    "CUDA_LAUNCH_BLOCKING", "CUDA_MODULE_LOADING", "CUDA_DEVICE_MAX_CONNECTIONS", "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)  # fmt: skip
 _ALSO_RECORDED = ("numpy", "pandas", "pyarrow", "tokenizers", "safetensors", "zeus", "nvidia-ml-py")
+
+
+def speed_settings() -> dict[str, str]:
+    """Environment variables that change how fast the same code runs, where they are set."""
+    return {name: os.environ[name] for name in _SPEED_VARIABLES if os.environ.get(name)}
 
 
 def package_versions(names: tuple[str, ...] = STACK) -> dict[str, str | None]:
@@ -33,23 +42,23 @@ def package_versions(names: tuple[str, ...] = STACK) -> dict[str, str | None]:
 def git_revision() -> str | None:
     """Commit of the project's checkout, `+changes` where files differ from it.
 
-    Outside a checkout (a copy without .git) what TUNESCOPE_REVISION says, else None.
+    Outside a checkout of its own (a copy without .git, also one inside another repository) what TUNESCOPE_REVISION
+    says, marked as stated; else None.
     """
     root = Path(__file__).resolve().parents[3]
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
+            return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("TUNESCOPE_REVISION")
+        pass
+    stated = os.environ.get("TUNESCOPE_REVISION")
+    return f"{stated} (stated)" if stated else None
 
 
 def cpu_name() -> str:
@@ -63,13 +72,17 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def environment(*, use_gpu: bool) -> dict[str, Any]:
-    """Everything about this machine and process that a row's reader may need. Initialises CUDA if use_gpu."""
+def environment(*, use_gpu: bool, revision: str | None) -> dict[str, Any]:
+    """Everything about this machine and process that a row's reader may need. Initialises CUDA if use_gpu.
+
+    revision: of the code that runs. The launcher reads it as it starts: by the time a point does, a sweep of hours may
+    have seen a `git pull` that its fork server has not.
+    """
     import torch
 
     content: dict[str, Any] = {
         "tunescope": tunescope.__version__,
-        "git_revision": git_revision(),
+        "git_revision": revision,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),

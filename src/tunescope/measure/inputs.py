@@ -13,6 +13,11 @@ from tunescope.errors import UserError
 from tunescope.models import architectures
 from tunescope.train import recipe as recipes
 
+# Of a model folder: whatever decides how many tokens a query has, or which weights are meant.
+_SMALL_FILES = (
+    "config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "vocab.json", "merges.txt",
+)  # fmt: skip
 MIN_BATCHES = 4  # in a training set, so that an epoch is not mostly its own end
 
 
@@ -152,18 +157,22 @@ def checked_config(model_dir: Path) -> dict[str, Any]:
 
 
 def weights_facts(model_dir: Path | None) -> dict[str, Any]:
-    """What the point's folder says of the weights: random, or which checkpoint, by what tells two apart quickly."""
-    weights = (
-        sorted(path for pattern in ("*.safetensors", "*.bin") for path in model_dir.glob(pattern)) if model_dir else []
-    )
-    if model_dir is None or not weights:
+    """What the point's folder says of the weights: random, or which checkpoint, by what tells two apart quickly.
+
+    Sizes and small files, not the weights themselves: two checkpoints of one shape and tokenizer look the same, unless
+    they are Hub snapshots, whose name is their commit.
+    """
+    if model_dir is None:
         return {"kind": "random"}
-    facts: dict[str, Any] = {"kind": "checkpoint"}
-    if model_dir.parent.name == "snapshots":  # a Hub snapshot: its name is the commit
-        facts["repo"] = model_dir.parent.parent.name.removeprefix("models--").replace("--", "/")
-        facts["revision"] = model_dir.name
-    facts["weight_bytes"] = sum(path.stat().st_size for path in weights)
-    for name in ("config.json", "model.safetensors.index.json", "tokenizer.json"):
+    facts: dict[str, Any] = {"kind": "random"}
+    if checkpoints.holds_weights(model_dir):
+        facts["kind"] = "checkpoint"
+        if model_dir.parent.name == "snapshots":
+            facts["repo"] = model_dir.parent.parent.name.removeprefix("models--").replace("--", "/")
+            facts["revision"] = model_dir.name
+        weights = [path for path in model_dir.iterdir() if checkpoints.is_weight_file(path.name)]
+        facts["weight_bytes"] = sum(path.stat().st_size for path in weights)
+    for name in _SMALL_FILES:
         if (model_dir / name).is_file():
             facts[f"{name}_sha256"] = files.sha256_hex(model_dir / name)
     return facts

@@ -1,6 +1,8 @@
 """From a launcher's flags to the list of points to measure. No torch: this also serves --dry-run and resuming."""
 
 import math
+import os
+import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from tunescope.config import Point, Protocol
 from tunescope.errors import UserError
 from tunescope.gpus import Gpu, driver_is_too_old, list_gpus
 from tunescope.measure import inputs
-from tunescope.measure.environment import cpu_name, package_versions
+from tunescope.measure.environment import cpu_name, git_revision, package_versions, speed_settings
 from tunescope.measure.inputs import Data
 from tunescope.models import architectures
 from tunescope.models.architectures import Size
@@ -51,6 +53,7 @@ class PointSpec:
     data: dict[str, Any]
     device: str
     memory_budget_bytes: int | None
+    revision: str | None
 
     def identity(self) -> dict[str, Any]:
         """Whatever changes this, changes what was measured: a result under another identity is not this point's."""
@@ -64,7 +67,8 @@ class PointSpec:
             "moe": MOE_STOCK,
             "device": self.device,
             "memory_budget_bytes": self.memory_budget_bytes,
-            "stack": package_versions(),
+            "stack": {"python": platform.python_version(), **package_versions()},
+            "speed_settings": speed_settings(),
         }
 
     def point_json(self) -> dict[str, Any]:
@@ -97,7 +101,13 @@ def choose_gpu(index: int | None) -> Gpu | None:
     if index is not None and not 0 <= index < len(found.gpus):
         raise UserError(f"--gpu {index}: this machine shows GPUs 0 to {len(found.gpus) - 1}")
     gpu = found.gpus[index or 0]
-    if driver_is_too_old(gpu.driver_version) and not _torch_is_for_another_cuda():
+    if gpu.mig_enabled and not gpu.is_mig_slice:
+        raise UserError(
+            f"{gpu.name} is divided into MIG slices, and none is named",
+            cause="a process gets one slice, whose memory and speed are not the board's",
+            cure="name it: CUDA_VISIBLE_DEVICES=MIG-... (nvidia-smi -L lists them)",
+        )
+    if driver_is_too_old(gpu.driver_version) and not _is_ones_own_choice():
         raise UserError(
             f"the NVIDIA driver is {gpu.driver_version}, and PyTorch's CUDA 13 build needs 580 or newer",
             cause="on an older driver PyTorch sees no GPU",
@@ -106,9 +116,11 @@ def choose_gpu(index: int | None) -> Gpu | None:
     return gpu
 
 
-def _torch_is_for_another_cuda() -> bool:
+def _is_ones_own_choice() -> bool:
+    """Whether the driver is not ours to judge: a named environment (perhaps with CUDA's forward compatibility), or a
+    torch built for another CUDA."""
     build = (package_versions(("torch",))["torch"] or "").partition("+")[2]
-    return bool(build) and not build.startswith("cu13")
+    return bool(os.environ.get("TUNESCOPE_PYTHON")) or (bool(build) and not build.startswith("cu13"))
 
 
 def make_plan(options: Options) -> Plan:
@@ -144,33 +156,51 @@ def make_plan(options: Options) -> Plan:
     )
     if size.preset == "tiny":
         base, model_dir = architectures.built_in_config("tiny"), None
-    weights = inputs.weights_facts(model_dir)
-    device = gpu.name if gpu else cpu_name()
+    common = _Common(
+        options=options,
+        recipe=recipe,
+        full_config=base,
+        model_dir=model_dir,
+        weights=inputs.weights_facts(model_dir),
+        gpu=gpu,
+        device=gpu.name if gpu else cpu_name(),
+        revision=git_revision(),
+    )
     points = config.points_at_depths(points, size.preset, list(size.depths), size.total_layers)
     data = inputs.data_of_points(points, inputs.study_files() | given)
-    specs = [_spec(point, options, recipe, base, model_dir, weights, data[point], gpu, device) for point in points]
-    return Plan(specs=specs, size=size, gpu=gpu, device=device)
+    specs = [_spec(point, data[point], common) for point in points]
+    return Plan(specs=specs, size=size, gpu=gpu, device=common.device)
 
 
 def _check_options(options: Options) -> None:
     config.check_model(options.model)
     if options.preset not in ("auto", *config.PRESETS):
         raise config.unknown_preset(options.preset)
+    if options.max_seconds is not None and options.queries is not None:
+        raise UserError(
+            "--max-seconds and --queries exclude each other",
+            cause="--queries measures a whole epoch, however long it takes",
+        )
     if options.memory_budget_gib is not None and not 0 < options.memory_budget_gib < math.inf:
         raise UserError(f"--memory-budget-gib is {options.memory_budget_gib:g}; it must be a positive number")
 
 
-def _spec(
-    point: Point,
-    options: Options,
-    recipe: dict[str, Any],
-    base: dict[str, Any],
-    model_dir: Path | None,
-    weights: dict[str, Any],
-    data: Data,
-    gpu: Gpu | None,
-    device: str,
-) -> PointSpec:
+@dataclass(frozen=True, kw_only=True)
+class _Common:
+    """What all points of a plan share."""
+
+    options: Options
+    recipe: dict[str, Any]
+    full_config: dict[str, Any]
+    model_dir: Path | None
+    weights: dict[str, Any]
+    gpu: Gpu | None
+    device: str
+    revision: str | None
+
+
+def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
+    options, recipe, gpu = common.options, common.recipe, common.gpu
     protocol = replace(config.TINY_PROTOCOL if point.preset == "tiny" else Protocol(), num_queries=options.queries)
     if options.max_seconds is not None:
         protocol = replace(protocol, max_timed_s=options.max_seconds)
@@ -182,8 +212,8 @@ def _spec(
     workload = Workload(
         point=point,
         recipe=recipe,
-        model_config=architectures.config_at(base, point.num_layers, point.top_k),
-        model_dir=str(model_dir) if model_dir else None,
+        model_config=architectures.config_at(common.full_config, point.num_layers, point.top_k),
+        model_dir=str(common.model_dir) if common.model_dir else None,
         data_file=None if data.entry is None else {"dataset_info": data.entry},
         num_samples=num_samples,
         max_steps=max_steps,
@@ -194,10 +224,11 @@ def _spec(
         point_id=point.point_id(device_slug(gpu)),
         workload=workload,
         protocol=protocol,
-        weights=weights,
+        weights=common.weights,
         data=data.facts,
-        device=device,
+        device=common.device,
         memory_budget_bytes=budget_bytes if gpu else None,
+        revision=common.revision,
     )
 
 

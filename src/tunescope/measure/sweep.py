@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 from tunescope import results
 from tunescope.errors import UserError
-from tunescope.gpus import Gpu
+from tunescope.gpus import Gpu, show_only
 from tunescope.locking import locked
 from tunescope.measure import worker
-from tunescope.measure.environment import cpu_name, git_revision, package_versions
+from tunescope.measure.environment import cpu_name, package_versions
 from tunescope.measure.faults import fault
 from tunescope.measure.gpu_sampler import GpuSampler
 from tunescope.measure.plan import Plan, PointSpec
@@ -54,7 +53,7 @@ def run_sweep(plan: Plan, out_dir: Path, *, fresh: bool) -> dict[str, int]:
                 progress.note(f"{skipped} of {len(plan.specs)} points are measured already and are skipped")
             if not todo:
                 return counts
-            choose_device(plan.gpu)
+            show_only(plan.gpu)
             server = ForkServer(PRELOAD)
             for spec in todo:
                 progress.start_point(spec.workload.point.label)
@@ -63,14 +62,6 @@ def run_sweep(plan: Plan, out_dir: Path, *, fresh: bool) -> dict[str, int]:
                 progress.end_point(text)
         fault("table")
         return counts
-
-
-def choose_device(gpu: Gpu | None) -> None:
-    """Shows the chosen GPU, or none, to every process started from here on."""
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # so that the index means NVML's GPU and not the fastest
-    # By index, which Zeus needs; a MIG slice has none of its own and goes by its UUID.
-    name = "" if gpu is None else gpu.uuid if gpu.mig_enabled else str(gpu.index)
-    os.environ["CUDA_VISIBLE_DEVICES"] = name
 
 
 def _run_point(
@@ -141,7 +132,7 @@ def _is_whole(file: Path) -> bool:
 def _outer_environment(spec: PointSpec) -> dict[str, Any]:
     """What can be said of the machine from outside, for a point whose process did not get to say it."""
     return {
-        "git_revision": git_revision(),
+        "git_revision": spec.revision,
         "device": spec.device,
         "cpu": cpu_name(),
         "packages": package_versions(),

@@ -42,22 +42,25 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
 
     from tunescope.measure.energy import EnergyMeter
     from tunescope.measure.environment import environment
+    from tunescope.measure.start import MemoryBudget, RunFacts, limit_memory
     from tunescope.measure.steps import StepRecorder
     from tunescope.train.engine import run_workload
 
     use_gpu = not spec.workload.use_cpu
     limit_threads(spec)
-    results.write_json(work_dir / results.ENVIRONMENT_FILE, environment(use_gpu=use_gpu))
-    if spec.memory_budget_bytes is not None:
-        total_bytes = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(spec.memory_budget_bytes / total_bytes, 1.0))
+    results.write_json(work_dir / results.ENVIRONMENT_FILE, environment(use_gpu=use_gpu, revision=spec.revision))
+    if spec.memory_budget_bytes is not None and spec.weights["kind"] == "random":
+        # A checkpoint's loading may take more for a moment than its training: there the limit waits for its end.
+        limit_memory(spec.memory_budget_bytes)
     energy = EnergyMeter(use_gpu=use_gpu)
     recorder = StepRecorder(spec.protocol, _Ticker(connection), energy)
+    run_facts = RunFacts()
     facts: dict[str, Any] = {}
     status, cause = "ok", None
     try:
         fault("start", spec.point_id)
-        facts = run_workload(spec.workload, work_dir / SCRATCH, [recorder, fault_callback(spec.point_id)])
+        callbacks = [MemoryBudget(spec.memory_budget_bytes), run_facts, recorder, fault_callback(spec.point_id)]
+        facts = run_workload(spec.workload, work_dir / SCRATCH, callbacks)
         fault("writing", spec.point_id)
         rows = recorder.rows()
         if not any(not row["is_warmup"] for row in rows):
@@ -67,13 +70,14 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
                 cure="use more queries or a smaller batch",
             )
         results.write_arrow(work_dir / results.STEPS_FILE, rows, results.STEPS_SCHEMA)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        status, cause = "oom", _first_line(error)
     except (UserError, OSError):
         raise
     except Exception as error:
-        traceback.print_exc()  # to the point's log
-        status, cause = "failed", f"{type(error).__name__}: {_first_line(error)}"
+        if is_out_of_memory(error):
+            status, cause = "oom", _first_line(error)
+        else:
+            traceback.print_exc()  # to the point's log
+            status, cause = "failed", f"{type(error).__name__}: {_first_line(error)}"
     return {
         "status": status,
         "cause": cause,
@@ -90,6 +94,7 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
         **facts,
+        **run_facts.facts,
     }
 
 
@@ -103,6 +108,14 @@ def limit_threads(spec: PointSpec) -> None:
 
     if spec.workload.point.preset == "tiny":
         torch.set_num_threads(1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Torch's allocator has a type for it; CUDA and its libraries, asked beside the allocator, only have words."""
+    import torch
+
+    words = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def _first_line(error: BaseException) -> str:

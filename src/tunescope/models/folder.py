@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tunescope import checkpoints
 from tunescope.models import tokenizer
 
 CONFIG_FILE = "config.json"
@@ -22,14 +23,16 @@ def build_model_folder(folder: Path, config: dict[str, Any], source: Path | None
     """Fills `folder` and returns the kind of tokenizer in it (`checkpoint` or tokenizer.KIND).
 
     source: a folder whose other files (weights, tokenizer) are linked; None: no weights, a generated tokenizer.
+    Where the source has no tokenizer only its weights are linked: a generated tokenizer's files of the same names
+    would be written through the links, into the user's folder.
     """
     folder.mkdir(parents=True)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1))
-    if source is not None:
-        for file in source.iterdir():
-            if file.is_file() and file.name != CONFIG_FILE:
-                os.symlink(file.resolve(), folder / file.name)
-        if holds_tokenizer(folder):
-            return "checkpoint"
+    has_tokenizer = source is not None and holds_tokenizer(source)
+    for file in source.iterdir() if source is not None else ():
+        if file.is_file() and file.name != CONFIG_FILE and (has_tokenizer or checkpoints.is_weight_file(file.name)):
+            os.symlink(file.resolve(), folder / file.name)
+    if has_tokenizer:
+        return "checkpoint"
     tokenizer.write_tokenizer(folder, config["vocab_size"], cutoff_len_tokens)
     return tokenizer.KIND

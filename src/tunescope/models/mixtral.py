@@ -13,16 +13,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
+from tunescope import checkpoints
+
 SEED = 20240806  # any fixed number: two runs on one machine then train the same weights
 
 
 def register() -> None:
     """Makes AutoModelForCausalLM build random weights for a Mixtral folder that holds none. Safe to call twice."""
     AutoModelForCausalLM.register(MixtralConfig, MixtralForCausalLM, exist_ok=True)
-
-
-def holds_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
 # The name stays that of the class it stands for: the Trainer looks it up to decide whether labels are shifted.
@@ -34,7 +32,7 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):
         cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any
     ) -> "transformers.MixtralForCausalLM":
         folder = Path(pretrained_model_name_or_path)
-        if not (folder / "config.json").is_file() or holds_weights(folder):
+        if not (folder / "config.json").is_file() or checkpoints.holds_weights(folder):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config = kwargs.get("config") or MixtralConfig.from_pretrained(folder)
         return random_model(cls, config, kwargs.get("quantization_config"), kwargs.get("device_map"))

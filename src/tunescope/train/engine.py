@@ -33,7 +33,7 @@ class _SkipSaving(TrainerCallback):
 def run_workload(workload: Workload, scratch_dir: Path, callbacks: Iterable[TrainerCallback]) -> dict[str, Any]:
     """Trains until the data or the callbacks end it; writes nothing but scratch files below `scratch_dir`.
 
-    Returns what was decided here and belongs in provenance: tokenizer, attention, compute dtype. Raises UserError for
+    Returns what was decided here and belongs in provenance: the kind of tokenizer. Raises UserError for
     a recipe that the engine refuses; torch's own errors (out of memory) pass through.
     """
     from llamafactory.train.tuner import run_exp
@@ -105,12 +105,7 @@ def prepare(workload: Workload, scratch_dir: Path) -> tuple[dict[str, Any], dict
         arguments["max_steps"] = workload.max_steps
     if workload.use_cpu:
         arguments |= cpu_arguments()
-    facts = {
-        "tokenizer": tokenizer_kind,
-        "attention": attention,
-        "compute_dtype": "float32" if workload.use_cpu else ("bfloat16" if recipe.get("bf16") else "as the recipe"),
-    }
-    return arguments, facts
+    return arguments, {"tokenizer": tokenizer_kind}
 
 
 def _write_data(workload: Workload, model_dir: Path, data_dir: Path, tokenizer_kind: str) -> None:

@@ -48,10 +48,6 @@ class ForkServer:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(preload))
 
-    def start(self) -> None:
-        """Starts the server, or starts another where it has died; its imports go on in the background."""
-        multiprocessing.forkserver.ensure_running()
-
     def run(
         self,
         function: Callable[..., None],

@@ -1,5 +1,6 @@
 """`tunescope train RECIPE`: the engine on a recipe as it stands, in this process, with this project's models known."""
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from tunescope import checkpoints
 from tunescope.errors import UserError
+from tunescope.gpus import list_gpus, show_only
 from tunescope.results import read_json
 
 
@@ -21,6 +23,11 @@ def run_recipe(settings: dict[str, Any], recipe: Path) -> None:
     arguments["dataset_dir"] = str(recipe.resolve().parent / str(arguments.get("dataset_dir", "data")))
     _check_data(arguments)
     model_dir = _local_model(str(arguments.get("model_name_or_path", "")))
+
+    gpus = list_gpus().gpus
+    if len(gpus) > 1 and "LOCAL_RANK" not in os.environ:  # the engine refuses several without torchrun
+        print(f"tunescope: of {len(gpus)} GPUs the first is used (CUDA_VISIBLE_DEVICES names another)", file=sys.stderr)
+        show_only(gpus[0])
 
     from llamafactory.train.tuner import run_exp
 
