@@ -117,6 +117,18 @@ def test_the_virtual_env_is_used_from_another_python(clone: Clone, tmp_path: Pat
     assert out == f"ran ['table', 'throughput', 'DIR'] by {active} as tunescope.__main__\nclean\n"
 
 
+def test_what_speaks_of_a_run_is_asked_of_the_environment_that_would_run(clone: Clone, tmp_path: Path) -> None:
+    """A base environment knows no versions of the training stack: it would call every finished point `to run`."""
+    reading = {"VIRTUAL_ENV": str(tmp_path / "reading")}
+    environment(tmp_path / "reading", clone, "readingside")
+    code, out, err = clone.run("mixtral_tp.sh", "--dry-run", **reading)
+    assert (code, err) == (0, "")  # there is no other environment: this one answers, and nothing is installed
+    assert f"by {tmp_path / 'reading'}" in out
+    assert clone.run("mixtral_tp.sh", **reading)[0] == 0  # makes .venv
+    assert f"by {clone.venv}" in clone.run("mixtral_tp.sh", "--dry-run", **reading)[1]
+    assert f"by {tmp_path / 'reading'}" in clone.run("throughput.py", "DIR", **reading)[1]
+
+
 def test_tunescope_python_is_used_unchecked(clone: Clone) -> None:
     code, out, err = clone.run("mixtral_tp.sh", "--no-install", TUNESCOPE_PYTHON=bare_python())
     assert (code, err) == (0, "")
