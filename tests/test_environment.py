@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tunescope.measure import environment
-from tunescope.measure.worker import is_out_of_memory
+from tunescope.measure.start import is_out_of_memory
 
 
 def git(folder: Path, *arguments: str) -> str:

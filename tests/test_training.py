@@ -7,8 +7,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import datasets
 import pytest
 import torch
 from transformers import MixtralConfig, TrainerCallback
@@ -18,6 +20,7 @@ from tunescope import results
 from tunescope.config import Point, Protocol
 from tunescope.data import synthetic
 from tunescope.measure.energy import EnergyMeter
+from tunescope.measure.start import MeetLongestBatch, MemoryBudget, RunFacts
 from tunescope.measure.steps import StepRecorder
 from tunescope.models import architectures, mixtral, tokenizer
 from tunescope.train import recipe as recipes
@@ -126,10 +129,42 @@ def test_linears_are_nf4_with_double_quantisation(watched: tuple[Watcher, dict[s
 def test_recording_changes_nothing_that_is_learned(watched: tuple[Watcher, dict[str, Any]], tmp_path: Path) -> None:
     bare, _ = watched
     ours = Watcher()
+    longest = MeetLongestBatch()
     recorder = StepRecorder(Protocol(num_queries=8), lambda done, expected: None, EnergyMeter(use_gpu=False))
-    run_workload(workload(logging_steps=1), tmp_path, [ours, recorder])
+    run_workload(workload(logging_steps=1), tmp_path, [MemoryBudget(None), RunFacts(), longest, ours, recorder])
+    assert longest.why_not is None
     assert len(bare.losses) == 4
     assert ours.losses == bare.losses
+
+
+def test_the_longest_batch_is_met_before_the_first_step(tmp_path: Path) -> None:
+    class Shapes(TrainerCallback):
+        seen: ClassVar[list[tuple[int, int]]] = []
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            model.register_forward_pre_hook(self.see, with_kwargs=True)
+
+        def see(self, module: Any, args: Any, kwargs: Any) -> None:
+            self.seen.append(tuple(kwargs["input_ids"].shape))
+
+    run_workload(replace(workload(batch=3), max_steps=None), tmp_path, [Shapes(), MeetLongestBatch()])
+    first, *steps = Shapes.seen
+    assert len(steps) == 6
+    assert first == (3, max(slots for _, slots in steps))
+
+
+def test_a_longest_batch_that_does_not_fit_is_out_of_memory() -> None:
+    class Full(torch.nn.Linear):
+        def forward(self, **_: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    loader = SimpleNamespace(dataset=datasets.Dataset.from_dict({"input_ids": [[1]]}), collate_fn=lambda rows: {})
+    arguments = SimpleNamespace(per_device_train_batch_size=1, device=torch.device("cpu"))
+    callback = MeetLongestBatch()
+    with pytest.raises(torch.OutOfMemoryError):
+        callback.on_train_begin(arguments, None, None, model=Full(1, 1), train_dataloader=loader)
+    callback.on_train_begin(arguments, None, None, model=torch.nn.Linear(1, 1), train_dataloader=loader)
+    assert callback.why_not is not None  # any other trouble leaves the run to go on without it
 
 
 def test_a_run_names_its_tokenizer(watched: tuple[Watcher, dict[str, Any]]) -> None:

@@ -161,6 +161,8 @@ class Protocol:
     Without `num_queries`: after `num_warmup_steps`, at least `min_timed_steps`, then until the 95 % interval
     of queries/s is narrower than `interval_frac` of the mean, or `max_timed_steps` or `max_timed_s` is reached.
     With `num_queries`: one epoch over exactly that many queries (1000: the paper's protocol).
+    `longest_batch_first`: before the first step, once forward and backward of the longest batch, so that no timed step
+    is the first to meet it. Not with `num_queries`: the paper's protocol knows nothing of it.
     """
 
     num_queries: int | None = None
@@ -169,6 +171,7 @@ class Protocol:
     max_timed_steps: int = 1000
     max_timed_s: float = 600.0
     interval_frac: float = 0.02
+    longest_batch_first: bool = True
 
     def __post_init__(self) -> None:
         if self.num_queries is not None and self.num_queries < 1:

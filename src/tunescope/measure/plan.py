@@ -202,6 +202,8 @@ class _Common:
 def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
     options, recipe, gpu = common.options, common.recipe, common.gpu
     protocol = replace(config.TINY_PROTOCOL if point.preset == "tiny" else Protocol(), num_queries=options.queries)
+    if options.queries is not None:
+        protocol = replace(protocol, longest_batch_first=False)
     if options.max_seconds is not None:
         protocol = replace(protocol, max_timed_s=options.max_seconds)
     usual = NUM_SAMPLES_TINY if point.preset == "tiny" else NUM_SAMPLES

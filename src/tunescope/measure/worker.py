@@ -42,7 +42,7 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
 
     from tunescope.measure.energy import EnergyMeter
     from tunescope.measure.environment import environment
-    from tunescope.measure.start import MemoryBudget, RunFacts, limit_memory
+    from tunescope.measure.start import MeetLongestBatch, MemoryBudget, RunFacts, is_out_of_memory, limit_memory
     from tunescope.measure.steps import StepRecorder
     from tunescope.train.engine import run_workload
 
@@ -54,12 +54,18 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
         limit_memory(spec.memory_budget_bytes)
     energy = EnergyMeter(use_gpu=use_gpu)
     recorder = StepRecorder(spec.protocol, _Ticker(connection), energy)
-    run_facts = RunFacts()
+    run_facts, longest = RunFacts(), MeetLongestBatch()
     facts: dict[str, Any] = {}
     status, cause = "ok", None
     try:
         fault("start", spec.point_id)
-        callbacks = [MemoryBudget(spec.memory_budget_bytes), run_facts, recorder, fault_callback(spec.point_id)]
+        callbacks = [
+            MemoryBudget(spec.memory_budget_bytes),
+            run_facts,
+            *([longest] if spec.protocol.longest_batch_first else []),
+            recorder,
+            fault_callback(spec.point_id),
+        ]
         facts = run_workload(spec.workload, work_dir / SCRATCH, callbacks)
         fault("writing", spec.point_id)
         rows = recorder.rows()
@@ -93,6 +99,7 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
         "peak_reserved_bytes": torch.cuda.max_memory_reserved() if use_gpu else None,
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
+        "longest_batch_why_not": longest.why_not,
         **facts,
         **run_facts.facts,
     }
@@ -108,14 +115,6 @@ def limit_threads(spec: PointSpec) -> None:
 
     if spec.workload.point.preset == "tiny":
         torch.set_num_threads(1)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Torch's allocator has a type for it; CUDA and its libraries, asked beside the allocator, only have words."""
-    import torch
-
-    words = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def _first_line(error: BaseException) -> str:
