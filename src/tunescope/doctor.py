@@ -9,9 +9,9 @@ from pathlib import Path
 from tunescope import checkpoints
 from tunescope.errors import UserError
 from tunescope.gpus import Gpu, driver_is_too_old, list_gpus
+from tunescope.hardware import GIB
 from tunescope.measure.environment import STACK, cpu_name, git_revision, package_versions
 from tunescope.models import architectures
-from tunescope.models.architectures import GIB
 
 # Read by the driver at boot; 1 keeps the counters for root.
 _NVIDIA_PARAMETERS = Path("/proc/driver/nvidia/params")

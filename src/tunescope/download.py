@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 
 from tunescope.checkpoints import REPOS, HubRepo, hub_cache, repo_folder, repos_of, why_incomplete
 from tunescope.errors import UserError
+from tunescope.hardware import GIB
 
 MODELS: tuple[str, ...] = tuple(REPOS)  # what is fetched when nothing is named
 
 # A file system filled to its last byte breaks whatever else writes there, so keep this much free.
 DISK_RESERVE_BYTES = 2**30
-GIB = 2**30
 
 
 @dataclass(frozen=True)

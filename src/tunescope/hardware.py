@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from tunescope.errors import UserError
 
 MIB = 2**20
+GIB = 2**30
 
 # What the driver reports over what the sheet prints. The driver keeps some memory for ECC and
 # itself (A40: 44.4 GiB of "48 GB"), and the sheets' GB are mostly GiB (A100 80GB: 80.0 GiB).

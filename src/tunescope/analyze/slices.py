@@ -22,7 +22,6 @@ _SAME_BAR = [
     # Anything else that both depths must share: a line through two recipes or two machines would look measured.
     "setup_hash",
 ]
-Z_95 = 1.959964
 
 
 def add_extrapolation(table: pd.DataFrame) -> pd.DataFrame:

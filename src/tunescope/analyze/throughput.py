@@ -15,9 +15,8 @@ from tunescope.analyze.intervals import bootstrap_ratios
 from tunescope.analyze.slices import add_extrapolation
 from tunescope.config import Point
 from tunescope.errors import UserError
-from tunescope.hardware import Device, UnknownDevice, find_device
+from tunescope.hardware import GIB, Device, UnknownDevice, find_device
 
-GIB = 2**30
 UNREADABLE = "unreadable"
 _QUERIES_AND_SECONDS = "queries and seconds of each timed step"  # of a row under way, no column
 

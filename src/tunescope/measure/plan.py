@@ -11,6 +11,7 @@ from tunescope import config
 from tunescope.config import Point, Protocol
 from tunescope.errors import UserError
 from tunescope.gpus import Gpu, driver_is_too_old, list_gpus
+from tunescope.hardware import GIB
 from tunescope.measure import inputs
 from tunescope.measure.environment import cpu_name, git_revision, package_versions, speed_settings
 from tunescope.measure.inputs import Data
@@ -221,7 +222,7 @@ def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
         max_steps=max_steps,
         use_cpu=gpu is None,
     )
-    budget_bytes = None if options.memory_budget_gib is None else round(options.memory_budget_gib * architectures.GIB)
+    budget_bytes = None if options.memory_budget_gib is None else round(options.memory_budget_gib * GIB)
     return PointSpec(
         point_id=point.point_id(device_slug(gpu)),
         workload=workload,

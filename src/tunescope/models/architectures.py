@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunescope.errors import UserError
+from tunescope.hardware import GIB
 
 # mistralai/Mixtral-8x7B-v0.1, its published config.json.
 MIXTRAL_8X7B: dict[str, Any] = {
@@ -49,7 +50,6 @@ SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
 )  # fmt: skip
 
-GIB = 2**30
 NF4_BLOCK_WEIGHTS = 64  # weights that share one absmax
 NF4_NESTED_BLOCK = 256  # absmax values, one byte each, that share one fp32 scale under double quantisation
 NF4_BYTES_PER_WEIGHT = 0.5 + (1 + 4 / NF4_NESTED_BLOCK) / NF4_BLOCK_WEIGHTS
