@@ -12,7 +12,6 @@ import argparse
 import csv
 import datetime
 import json
-import shutil
 import statistics
 import sys
 import tempfile
@@ -93,9 +92,7 @@ def run_one(server: ForkServer, plan: Plan, spec: PointSpec, function: Callable[
     """One process of one variant. Returns what it sent, by name."""
     with tempfile.TemporaryDirectory(prefix="tunescope-bench-") as folder:
         work_dir = Path(folder) / spec.point_id
-        (work_dir / worker.SCRATCH).mkdir(parents=True)
-        if function is run_ours:
-            shutil.rmtree(work_dir / worker.SCRATCH)
+        work_dir.mkdir()
         sent: dict[str, float] = {}
         errors: list[str] = []
 

@@ -156,7 +156,7 @@ def tiny_workload(point: Point, **changes: Any) -> Any:
         "recipe": recipe(),
         "model_config": config,
         "model_dir": None,
-        "data_file": None,
+        "data_entry": None,
         "num_samples": 256,
         "max_steps": 5,
         "use_cpu": True,

@@ -76,7 +76,7 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 def read_by_engine(description: dict[str, Any], scratch_dir: Path) -> int:
     """How many queries the engine keeps."""
-    workload = tiny_workload(POINT, data_file={"dataset_info": description}, num_samples=1000)
+    workload = tiny_workload(POINT, data_entry=description, num_samples=1000)
     return len(engine_queries(workload, scratch_dir))
 
 

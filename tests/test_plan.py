@@ -276,7 +276,7 @@ def test_point_json_names_no_place(tmp_path: Path) -> None:
 
 def test_synthetic_queries_where_no_file_is_given() -> None:
     spec = only_spec()
-    assert spec.workload.data_file is None
+    assert spec.workload.data_entry is None
     assert spec.data == {"kind": "synthetic", "lengths": "histogram of the paper's Figure 2"}
     assert only_spec(points="cs:sparse:bs=1:seq=64").data == {"kind": "synthetic", "lengths": "fixed"}
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tunescope import paper
 from tunescope.errors import UserError
-from tunescope.train.recipe import RECIPES, check_recipe, digest, load_recipe, recipe_folder, with_overrides
+from tunescope.results import digest
+from tunescope.train.recipe import RECIPES, check_recipe, load_recipe, recipe_folder, with_overrides
 
 MIXTRAL = recipe_folder() / RECIPES["mixtral"]
 

@@ -50,20 +50,14 @@ json_values = st.recursive(
 # --- round trips ---
 
 
+@pytest.mark.parametrize("schema", [results.STEPS_SCHEMA, results.GPU_SAMPLES_SCHEMA], ids=["steps", "gpu_samples"])
 @settings(max_examples=60, deadline=None)
-@given(rows=rows_of(results.STEPS_SCHEMA))
-def test_steps_round_trip(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> None:
-    file = tmp_path_factory.mktemp("steps") / results.STEPS_FILE
-    results.write_arrow(file, rows, results.STEPS_SCHEMA)
-    assert results.read_arrow(file, results.STEPS_SCHEMA).to_pylist() == rows
-
-
-@settings(max_examples=60, deadline=None)
-@given(rows=rows_of(results.GPU_SAMPLES_SCHEMA))
-def test_gpu_samples_round_trip(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> None:
-    file = tmp_path_factory.mktemp("samples") / results.GPU_SAMPLES_FILE
-    results.write_arrow(file, rows, results.GPU_SAMPLES_SCHEMA)
-    assert results.read_arrow(file, results.GPU_SAMPLES_SCHEMA).to_pylist() == rows
+@given(data=st.data())
+def test_rows_round_trip(schema: pa.Schema, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    rows = data.draw(rows_of(schema))
+    file = tmp_path_factory.mktemp("rows") / "rows.arrow"
+    results.write_arrow(file, rows, schema)
+    assert results.read_arrow(file, schema).to_pylist() == rows
 
 
 @settings(max_examples=100, deadline=None)

@@ -55,7 +55,7 @@ def workload(top_k: int = 2, batch: int = 2, max_steps: int | None = 4, **recipe
         recipe=recipes.load_recipe(RECIPE) | recipe_changes,
         model_config=architectures.config_at(architectures.built_in_config("tiny"), 2, top_k),
         model_dir=None,
-        data_file=None,
+        data_entry=None,
         num_samples=16,
         max_steps=max_steps,
         use_cpu=True,

@@ -133,7 +133,7 @@ def why_incomplete(folder: Path, repo: HubRepo) -> str | None:
     if not repo.holds_weights:
         return None
     try:
-        _read_json(folder / "config.json")
+        read_json(folder / "config.json")
         shards = _weight_files(folder)
     except UserError as error:
         return error.what.rstrip(".")
@@ -161,7 +161,7 @@ def check_model_dir(folder: Path) -> None:
             cause="it is the folder above or below the model's, or the download did not finish.",
             cure="give the folder that holds config.json (in the Hub cache: snapshots/<commit>).",
         )
-    _read_json(folder / "config.json")
+    read_json(folder / "config.json")
     shards = _weight_files(folder) or []
     if not shards and (stray := sorted(p.name for p in folder.iterdir() if _looks_like_weights(p.name))):
         raise UserError(
@@ -220,7 +220,7 @@ def _weight_files(folder: Path) -> list[str] | None:
         path = folder / index_name
         if not path.is_file():
             continue
-        weight_map = _read_json(path).get("weight_map")
+        weight_map = read_json(path).get("weight_map")
         names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
         # A shard lies beside its index. Anything else is not ours to open.
         if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
@@ -238,7 +238,8 @@ def _lacks(folder: Path, lacking: list[str], shards: list[str]) -> str:
     return f"{folder} lacks {len(lacking)} of {len(shards)} weight files: {shown}"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that came with a model or a data set. Raises UserError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8

@@ -5,6 +5,7 @@ computes a result: rows are written once per step, summaries are made by whoever
 profile_data/README.md describes every file and column.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -64,7 +65,7 @@ class PointFormatError(UserError):
 
 @dataclass(frozen=True)
 class PointFolder:
-    """One point as read: `steps` is None unless the point is `ok`; `cause` says why a point is not."""
+    """One point as read. steps: None unless the point is `ok`; why it is not stands in outcome["cause"]."""
 
     path: Path
     point: dict[str, Any]
@@ -136,6 +137,12 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """16 hex digits that change when anything in a JSON-like mapping does, whatever its order."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def disk_full(folder: Path) -> UserError:

@@ -1,7 +1,5 @@
 """Throughput points as a tidy table: one row a point, every column with its unit in its name."""
 
-import hashlib
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -141,7 +139,7 @@ def _setup_hash(point: dict[str, Any], environment: dict[str, Any]) -> str:
         **{key: environment.get(key) for key in ("cpu", "cpu_cores", "python", "git_revision")},
         **{key: nvml.get(key) for key in ("driver_version", "power_limit_w")},
     }
-    return hashlib.sha256(json.dumps(setup, sort_keys=True).encode()).hexdigest()[:16]
+    return results.digest(setup)
 
 
 def _measured(found: results.PointFolder) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Which data and which weights a launcher's flags stand for: found, checked and described before anything starts."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,7 +139,7 @@ def find_model_dir(model: str, preset: str, model_path: Path | None) -> Path | N
 
 def checked_config(model_dir: Path) -> dict[str, Any]:
     """A folder's config.json, which must describe a model of this launcher's kind. Raises UserError."""
-    content = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    content = checkpoints.read_json(model_dir / "config.json")
     model_type, experts = content.get("model_type"), content.get("num_local_experts")
     if model_type != "mixtral" or experts != config.NUM_EXPERTS["mixtral"]:
         raise UserError(

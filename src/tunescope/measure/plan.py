@@ -17,7 +17,7 @@ from tunescope.measure.environment import cpu_name, git_revision, package_versio
 from tunescope.measure.inputs import Data
 from tunescope.models import architectures
 from tunescope.models.architectures import Size
-from tunescope.results import SCHEMA_VERSION
+from tunescope.results import SCHEMA_VERSION, digest
 from tunescope.train import recipe as recipes
 from tunescope.train.workload import Workload
 
@@ -54,6 +54,8 @@ class PointSpec:
     data: dict[str, Any]
     device: str
     memory_budget_bytes: int | None
+    stack: dict[str, str | None]
+    speed_settings: dict[str, str]
     revision: str | None
 
     def identity(self) -> dict[str, Any]:
@@ -68,13 +70,13 @@ class PointSpec:
             "moe": MOE_STOCK,
             "device": self.device,
             "memory_budget_bytes": self.memory_budget_bytes,
-            "stack": {"python": platform.python_version(), **package_versions()},
-            "speed_settings": speed_settings(),
+            "stack": self.stack,
+            "speed_settings": self.speed_settings,
         }
 
     def point_json(self) -> dict[str, Any]:
         identity = self.identity()
-        return {"point_id": self.point_id, "recipe_hash": recipes.digest(identity), **identity}
+        return {"point_id": self.point_id, "recipe_hash": digest(identity), **identity}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ def choose_gpu(index: int | None) -> Gpu | None:
         if found.problem is not None:
             raise UserError(found.problem, cure="mend it, or hide the GPUs with CUDA_VISIBLE_DEVICES=''")
         if index is not None:
-            raise UserError(f"--gpu {index}: no GPU was found", cure="see `python -m tunescope doctor`")
+            raise UserError(f"--gpu {index}: no GPU was found", cure="see `python3 -m tunescope doctor`")
         return None
     if index is not None and not 0 <= index < len(found.gpus):
         raise UserError(f"--gpu {index}: this machine shows GPUs 0 to {len(found.gpus) - 1}")
@@ -165,6 +167,8 @@ def make_plan(options: Options) -> Plan:
         weights=inputs.weights_facts(model_dir),
         gpu=gpu,
         device=gpu.name if gpu else cpu_name(),
+        stack={"python": platform.python_version(), **package_versions()},
+        speed_settings=speed_settings(),
         revision=git_revision(),
     )
     points = config.points_at_depths(points, size.preset, list(size.depths), size.total_layers)
@@ -197,6 +201,8 @@ class _Common:
     weights: dict[str, Any]
     gpu: Gpu | None
     device: str
+    stack: dict[str, str | None]
+    speed_settings: dict[str, str]
     revision: str | None
 
 
@@ -217,7 +223,7 @@ def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
         recipe=recipe,
         model_config=architectures.config_at(common.full_config, point.num_layers, point.top_k),
         model_dir=str(common.model_dir) if common.model_dir else None,
-        data_file=None if data.entry is None else {"dataset_info": data.entry},
+        data_entry=data.entry,
         num_samples=num_samples,
         max_steps=max_steps,
         use_cpu=gpu is None,
@@ -231,6 +237,8 @@ def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
         data=data.facts,
         device=common.device,
         memory_budget_bytes=budget_bytes if gpu else None,
+        stack=common.stack,
+        speed_settings=common.speed_settings,
         revision=common.revision,
     )
 

@@ -110,7 +110,7 @@ class StepRecorder(TrainerCallback):
         timed = done - self.num_warmup_steps
         if timed < self.protocol.min_timed_steps:
             return False
-        timed_host_ns = self._boundaries[-1][1] - self._reopened[self.num_warmup_steps][1]
+        timed_host_ns = self._boundaries[-1][1] - self._start_of(self.num_warmup_steps)[1]
         if timed >= self.protocol.max_timed_steps or timed_host_ns >= self.protocol.max_timed_s * 1e9:
             return True
         if timed % CHECK_EVERY_STEPS:
@@ -134,8 +134,10 @@ class StepRecorder(TrainerCallback):
             end = self._boundaries[step + 1]
             if end[0] is not None and not end[0].query():
                 break
-            start = self._reopened.get(step, self._boundaries[step])
-            self._durations_ns.append(_between_ns(start, end))
+            self._durations_ns.append(_between_ns(self._start_of(step), end))
+
+    def _start_of(self, step: int) -> tuple[Any, int]:
+        return self._reopened.get(step, self._boundaries[step])
 
     def _num_queries(self, step: int) -> int:
         return sum(queries for queries, _, _ in self._micro_batches[step])
@@ -155,13 +157,12 @@ class StepRecorder(TrainerCallback):
         made = []
         for step, duration_ns in enumerate(self._durations_ns):
             micro = self._micro_batches[step]
-            start_ns = self._reopened.get(step, self._boundaries[step])[1]
             made.append(
                 {
                     "step": step,
                     "is_warmup": step < self.num_warmup_steps,
                     "duration_ns": duration_ns,
-                    "host_duration_ns": self._boundaries[step + 1][1] - start_ns,
+                    "host_duration_ns": self._boundaries[step + 1][1] - self._start_of(step)[1],
                     "num_queries": self._num_queries(step),
                     "tokens": sum(int(tokens) for _, _, tokens in micro),
                     "padded_tokens": sum(queries * slots for queries, slots, _ in micro),

@@ -2,7 +2,6 @@
 
 import errno
 import resource
-import sys
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -97,8 +96,7 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
         "gpu_energy_why_not": energy.why_not,
         "peak_allocated_bytes": torch.cuda.max_memory_allocated() if use_gpu else None,
         "peak_reserved_bytes": torch.cuda.max_memory_reserved() if use_gpu else None,
-        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "longest_batch_why_not": longest.why_not,
         **facts,
         **run_facts.facts,

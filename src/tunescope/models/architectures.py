@@ -127,7 +127,7 @@ def choose_size(
         raise UserError(
             f"preset {wanted} needs a GPU and none was found",
             cause="there is no NVIDIA driver, or CUDA_VISIBLE_DEVICES hides the GPUs",
-            cure="use --preset tiny (or auto), or see `python -m tunescope doctor`",
+            cure="use --preset tiny (or auto), or see `python3 -m tunescope doctor`",
         )
     return _gpu_size(config, wanted, gpu_memory_bytes, gpu_name)
 

@@ -26,7 +26,7 @@ _MODEL_LAYERS = {"mixtral": 32}
 
 @cache
 def rows(table: str) -> tuple[dict[str, str], ...]:
-    """All rows of `<table>.csv` as text, in file order; KeyError-free: columns are the CSV's header."""
+    """All rows of `<table>.csv`, in file order: column of its header -> text."""
     text = (files(__name__) / f"{table}.csv").read_text(encoding="utf-8")
     return tuple(csv.DictReader(io.StringIO(text)))
 

@@ -110,8 +110,8 @@ def prepare(workload: Workload, scratch_dir: Path) -> tuple[dict[str, Any], dict
 
 def _write_data(workload: Workload, model_dir: Path, data_dir: Path, tokenizer_kind: str) -> None:
     data_dir.mkdir()
-    if workload.data_file is not None:
-        entry = workload.data_file["dataset_info"]
+    if workload.data_entry is not None:
+        entry = workload.data_entry
     else:
         queries = synthetic_queries(workload, model_dir, tokenizer_kind)
         (data_dir / "queries.json").write_text(json.dumps(queries))

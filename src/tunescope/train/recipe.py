@@ -1,7 +1,5 @@
 """Recipes: LLaMA-Factory YAML, read and checked before anything heavy starts. No torch."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,9 +64,3 @@ def with_overrides(recipe: Mapping[str, Any], overrides: list[str]) -> dict[str,
                 f"override {item!r} is not readable as YAML: {' '.join(str(error).split())}", cure=_OVERRIDE_CURE
             ) from None
     return check_recipe(changed, "the command line")
-
-
-def digest(content: Mapping[str, Any]) -> str:
-    """16 hex digits that change when anything in a JSON-like mapping does, whatever its order."""
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -9,7 +9,6 @@ from typing import Any
 from tunescope import checkpoints
 from tunescope.errors import UserError
 from tunescope.gpus import list_gpus, show_only
-from tunescope.results import read_json
 
 
 def run_recipe(settings: dict[str, Any], recipe: Path) -> None:
@@ -44,7 +43,7 @@ def run_recipe(settings: dict[str, Any], recipe: Path) -> None:
         if model_dir is not None:
             arguments["model_name_or_path"] = str(model_dir)  # saved adapters name it as their base
             if not folder.holds_tokenizer(model_dir):
-                config, linked = read_json(model_dir / folder.CONFIG_FILE), Path(scratch) / "model"
+                config, linked = checkpoints.read_json(model_dir / folder.CONFIG_FILE), Path(scratch) / "model"
                 folder.build_model_folder(linked, config, model_dir, int(arguments.get("cutoff_len", 2048)))
                 arguments["model_name_or_path"] = str(linked)
         try:
@@ -86,7 +85,7 @@ def _check_data(arguments: dict[str, Any]) -> None:
             cause="dataset_dir counts from the recipe's folder unless it is absolute",
             cure="give dataset_dir=FOLDER with LLaMA-Factory's dataset_info.json in it",
         )
-    info = read_json(info_file)
+    info = checkpoints.read_json(info_file)
     for name in str(arguments.get("dataset", "")).split(","):
         entry = info.get(name.strip())
         if not isinstance(entry, dict):

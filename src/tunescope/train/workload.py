@@ -13,7 +13,7 @@ class Workload:
     recipe: LLaMA-Factory arguments before the point's own.
     model_config: the config.json of the point.
     model_dir: folder whose weights and tokenizer are linked, None for neither.
-    data_file: `{"dataset_info": ...}` of the user's file, None for synthetic queries.
+    data_entry: LLaMA-Factory's description of the user's data file, None for synthetic queries.
     num_samples: queries in the training set.
     max_steps: optimizer steps at most; None: as many epochs as the recipe says.
     """
@@ -22,7 +22,7 @@ class Workload:
     recipe: dict[str, Any]
     model_config: dict[str, Any]
     model_dir: str | None
-    data_file: dict[str, Any] | None
+    data_entry: dict[str, Any] | None
     num_samples: int
     max_steps: int | None
     use_cpu: bool
@@ -30,5 +30,5 @@ class Workload:
     def to_json(self) -> dict[str, Any]:
         """All but where files lie, which differs between machines and changes nothing that is trained."""
         content = asdict(self)
-        del content["model_dir"], content["data_file"]
+        del content["model_dir"], content["data_entry"]
         return content
