@@ -30,6 +30,8 @@ STEPS_FILE = "steps.arrow"
 GPU_SAMPLES_FILE = "gpu_samples.arrow"
 LOG_FILE = "log.txt"
 
+_COMPRESS_ABOVE_BYTES = 1 << 16
+
 STEPS_SCHEMA = pa.schema(
     [
         pa.field("step", pa.int32(), nullable=False),
@@ -93,9 +95,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_arrow(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Writes rows as one Arrow IPC file (read 5 times faster than Parquet at this size) and syncs it."""
     assert all(row.keys() == set(schema.names) for row in rows), "a row has other columns than its schema"
-    table = pa.Table.from_pylist(list(rows), schema=schema)
+    write_arrow_table(path, pa.Table.from_pylist(list(rows), schema=schema))
+
+
+def write_arrow_table(path: Path, table: pa.Table) -> None:
+    """Writes a table as one Arrow IPC file and syncs it. Large ones are compressed: a trace to a tenth."""
+    compression = "zstd" if table.nbytes > _COMPRESS_ABOVE_BYTES else None
     with path.open("wb") as file:
-        with pa.ipc.new_file(file, schema) as writer:
+        with pa.ipc.new_file(file, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
             writer.write_table(table)
         file.flush()
         os.fsync(file.fileno())

@@ -25,16 +25,22 @@ Progress = Callable[[int, int], None]
 
 
 class StepRecorder(TrainerCallback):
-    """Records one row per optimizer step (results.STEPS_SCHEMA) and ends training when the protocol is met.
+    """Records one row per optimizer step (results.STEPS_SCHEMA) until the protocol is met, and then ends training.
 
     on_progress(steps done, steps expected) is called after every step, inside the next one's window: keep it short.
-    Rows are complete only after training; read `rows()` then.
+    num_steps_after: steps that somebody else still needs; then training goes on, the last of its steps are left to
+    them, and `is_finished` says when nothing is recorded any more. Rows are complete only after training; read `rows()`
+    then.
     """
 
-    def __init__(self, protocol: Protocol, on_progress: Progress, energy: EnergyMeter) -> None:
+    def __init__(
+        self, protocol: Protocol, on_progress: Progress, energy: EnergyMeter, *, num_steps_after: int = 0
+    ) -> None:
         self.protocol = protocol
         self.on_progress = on_progress
         self.energy = energy
+        self.num_steps_after = num_steps_after
+        self.is_finished = False
         self.energy_j: float | None = None
         self.num_warmup_steps = 0
         self.train_runtime_ns = 0
@@ -49,12 +55,17 @@ class StepRecorder(TrainerCallback):
         self._durations_ns: list[int] = []
         self._rank, self._world_size = 0, 1
 
+    @property
+    def num_steps_done(self) -> int:
+        return len(self._boundaries) - 1
+
     # --- Trainer events ---
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._on_gpu = args.device.type == "cuda"
         self._rank, self._world_size = args.process_index, args.world_size
-        self.num_warmup_steps = min(self.protocol.num_warmup_steps, max(state.max_steps - 1, 0))
+        num_steps = state.max_steps - self.num_steps_after
+        self.num_warmup_steps = min(self.protocol.num_warmup_steps, max(num_steps - 1, 0))
         self._hook = model.register_forward_pre_hook(self._count_batch, with_kwargs=True)
         if self._on_gpu:
             torch.cuda.synchronize()
@@ -65,25 +76,35 @@ class StepRecorder(TrainerCallback):
             self._start_timed_steps(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.is_finished:
+            return
         self._boundaries.append(self._mark())
         self._micro_batches.append([])
         done = len(self._boundaries) - 1
         if done == self.num_warmup_steps:
             self._start_timed_steps(done)
-        if self.protocol.num_queries is None and self._is_enough(done):
-            control.should_training_stop = True
+        is_last = bool(self.num_steps_after) and done >= state.max_steps - self.num_steps_after
+        if is_last or (self.protocol.num_queries is None and self._is_enough(done)):
+            control.should_training_stop = not self.num_steps_after
             self._expected_timed_steps = done - self.num_warmup_steps
+            if self.num_steps_after:
+                self._finish()
         self.on_progress(done, self._expected_steps(state.max_steps))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.is_finished:
+            self._finish()
+
+    # --- inside ---
+
+    def _finish(self) -> None:
         if self._on_gpu:
             torch.cuda.synchronize()
         self.train_runtime_ns = time.perf_counter_ns() - self._train_start_ns
         self.timed_end_unix_ns = time.time_ns()
         self.energy_j = self.energy.stop_j()
         self._hook.remove()
-
-    # --- inside ---
+        self.is_finished = True
 
     def _mark(self) -> tuple[Any, int]:
         if not self._on_gpu:
@@ -145,7 +166,7 @@ class StepRecorder(TrainerCallback):
     def _expected_steps(self, max_steps: int) -> int:
         if self.protocol.num_queries is not None:
             return max_steps
-        return min(max_steps, self.num_warmup_steps + self._expected_timed_steps)
+        return min(max_steps, self.num_warmup_steps + self._expected_timed_steps + self.num_steps_after)
 
     # --- results ---
 
