@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from tunescope import __version__
-from tunescope.config import POINTS_HELP, PROFILE_FOLDER
+from tunescope.config import LATENCY, POINTS_HELP, PROFILE_FOLDER
 from tunescope.errors import UserError
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
@@ -30,39 +30,43 @@ app.add_typer(run_app, name="run")
 app.add_typer(table_app, name="table")
 
 
+Model = Annotated[str, typer.Option(help="mixtral")]
+Preset = Annotated[str, typer.Option(help="auto, full, slice or tiny")]
+GpuIndex = Annotated[int | None, typer.Option(help="which of the visible GPUs; the first if not given")]
+Out = Annotated[Path | None, typer.Option(help="folder of results; below profile_data/ if not given")]
+Points = Annotated[list[str] | None, typer.Option(help=POINTS_HELP)]
+Queries = Annotated[int | None, typer.Option(help="one epoch over so many queries; 1000 is the paper's protocol")]
+Datasets = Annotated[list[str] | None, typer.Option(help="a data file, FILE or NAME=FILE; repeatable")]
+ModelPath = Annotated[Path | None, typer.Option(help="folder with a Mixtral checkpoint, or with just its config.json")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="list the points and stop")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="measure again what is done; old results move to superseded/")]
+Reentrant = Annotated[bool, typer.Option("--reentrant", help="reentrant gradient checkpointing (the study: not)")]
+MaxSeconds = Annotated[
+    float | None, typer.Option(help="after 20 steps, time a point no longer than this; else 600, breakdowns 60")
+]
+MemoryBudgetGib = Annotated[float | None, typer.Option(help="use no more GPU memory than this")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="folder with measured points, at any depth")]
+Format = Annotated[str, typer.Option(help="text, csv or json")]
+
+
 @run_app.command("throughput")
 def run_throughput(
-    model: Annotated[str, typer.Option(help="mixtral")] = "mixtral",
-    preset: Annotated[str, typer.Option(help="auto, full, slice or tiny")] = "auto",
-    gpu: Annotated[int | None, typer.Option(help="which of the visible GPUs; the first if not given")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="folder of results; profile_data/MODEL/throughput if not given"),
-    ] = None,
-    points: Annotated[list[str] | None, typer.Option(help=POINTS_HELP)] = None,
-    queries: Annotated[
-        int | None, typer.Option(help="one epoch over so many queries; 1000 is the paper's protocol")
-    ] = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="a data file, FILE or NAME=FILE; repeatable")] = None,
-    model_path: Annotated[
-        Path | None, typer.Option(help="folder with a Mixtral checkpoint, or with just its config.json")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the points and stop")] = False,
-    fresh: Annotated[
-        bool,
-        typer.Option("--fresh", help="measure again what is done; old results move to superseded/"),
-    ] = False,
-    reentrant: Annotated[
-        bool, typer.Option("--reentrant", help="reentrant gradient checkpointing (the study: not)")
-    ] = False,
-    max_seconds: Annotated[
-        float | None, typer.Option(help="after 20 steps, time a point no longer than this; 600 if not given")
-    ] = None,
-    memory_budget_gib: Annotated[float | None, typer.Option(help="use no more GPU memory than this")] = None,
+    model: Model = "mixtral",
+    preset: Preset = "auto",
+    gpu: GpuIndex = None,
+    out: Out = None,
+    points: Points = None,
+    queries: Queries = None,
+    dataset: Datasets = None,
+    model_path: ModelPath = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    reentrant: Reentrant = False,
+    max_seconds: MaxSeconds = None,
+    memory_budget_gib: MemoryBudgetGib = None,
 ) -> None:
     """Figure 8: fine-tuning throughput, dense and sparse, by batch size."""
-    from tunescope.measure.plan import Options, make_plan
-    from tunescope.measure.sweep import is_done, run_sweep
+    from tunescope.measure.plan import Options
 
     options = Options(
         model=model,
@@ -76,8 +80,55 @@ def run_throughput(
         memory_budget_gib=memory_budget_gib,
         max_seconds=max_seconds,
     )
+    _run(options, out, parser="throughput.py", dry_run=dry_run, fresh=fresh)
+
+
+@run_app.command("latency")
+def run_latency(
+    model: Model = "mixtral",
+    preset: Preset = "auto",
+    gpu: GpuIndex = None,
+    out: Out = None,
+    points: Points = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="length of every query (tokens); the paper's ablation: 64 to 1024")
+    ] = None,
+    queries: Queries = None,
+    dataset: Datasets = None,
+    model_path: ModelPath = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    reentrant: Reentrant = False,
+    max_seconds: MaxSeconds = None,
+    memory_budget_gib: MemoryBudgetGib = None,
+) -> None:
+    """Figures 4, 5 and 11: where the time and memory of a step go, by phase, layer and operator; tokens per expert."""
+    from tunescope.measure.plan import Options
+
+    options = Options(
+        model=model,
+        kind=LATENCY,
+        preset=preset,
+        gpu=gpu,
+        points=None if points is None else " ".join(points),
+        queries=queries,
+        datasets=tuple(dataset or ()),
+        model_path=model_path,
+        reentrant=reentrant,
+        memory_budget_gib=memory_budget_gib,
+        max_seconds=max_seconds,
+        seq_len=seq_len,
+    )
+    _run(options, out, parser=f"{model}_latency.py", dry_run=dry_run, fresh=fresh)
+
+
+def _run(options: Any, out: Path | None, *, parser: str, dry_run: bool, fresh: bool) -> None:
+    """options: measure.plan.Options. parser: the script that prints the table of what is measured."""
+    from tunescope.measure.plan import make_plan
+    from tunescope.measure.sweep import is_done, run_sweep
+
     plan = make_plan(options)
-    out_dir = out if out is not None else PROJECT_ROOT / "profile_data" / PROFILE_FOLDER[model] / "throughput"
+    out_dir = out if out is not None else PROJECT_ROOT / "profile_data" / PROFILE_FOLDER[options.model] / options.kind
     if dry_run:
         typer.echo(f"preset {plan.size.preset}: {plan.size.reason}; results in {out_dir}")
         for spec in plan.specs:
@@ -89,20 +140,30 @@ def run_throughput(
         return
     typer.echo(f"preset {plan.size.preset}: {plan.size.reason}", err=True)
     counts = run_sweep(plan, out_dir, fresh=fresh)
-    typer.echo(f"Table: python3 throughput.py {_short(out_dir)}")
+    typer.echo(f"Table: python3 {parser} {_short(out_dir)}")
     if counts.get("failed"):
         raise typer.Exit(1)
 
 
 @table_app.command("throughput")
-def table_throughput(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder with measured points, at any depth")],
-    format: Annotated[str, typer.Option(help="text, csv or json")] = "text",
-) -> None:
+def table_throughput(folder: Folder, format: Format = "text") -> None:
     """Figure 8: queries/s, one row a bar, the paper's A40 beside it."""
     from tunescope.report.throughput import print_throughput
 
     if not print_throughput(folder, format):
+        raise typer.Exit(UserError.EXIT_CODE)
+
+
+@table_app.command("latency")
+def table_latency(
+    folder: Folder,
+    format: Format = "text",
+    layer: Annotated[int | None, typer.Option(help="one decoder layer, from 0, instead of their sum")] = None,
+) -> None:
+    """Figures 4, 5 and 11, and what the profiler sees of Figure 6: phases, layers, operators, memory, experts."""
+    from tunescope.report.latency import print_latency
+
+    if not print_latency(folder, format, layer):
         raise typer.Exit(UserError.EXIT_CODE)
 
 

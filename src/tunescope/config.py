@@ -7,8 +7,12 @@ from typing import Any
 
 from tunescope import paper
 from tunescope.errors import UserError
+from tunescope.paper import latency
 
 PRESETS = ("full", "slice", "tiny")
+# What a launcher measures: queries/s of Figure 8, or where a step's time goes, Figures 4, 5 and 11.
+THROUGHPUT, LATENCY = "throughput", "latency"
+KINDS = (THROUGHPUT, LATENCY)
 NUM_EXPERTS = {"mixtral": 8}
 SPARSE_TOP_K = 2  # the paper's "sparse"; its "dense" is every expert
 MAX_BATCH = 65_536
@@ -16,6 +20,8 @@ MAX_SEQ_LEN_TOKENS = 32_768
 # Folder of a model's results under profile_data/.
 PROFILE_FOLDER = {"mixtral": "mixtral"}
 PAPER_DATASETS = ("cs", "math")
+# The name of queries of random tokens and one fixed length, as the paper's breakdowns ran them.
+RANDOM_TOKENS = "random"
 
 POINTS_HELP = (
     "DATASET:SPARSITY:bs=N[,N...][:seq=N], with SPARSITY sparse, dense or k=N; several separated by spaces "
@@ -103,20 +109,31 @@ def unknown_preset(preset: str) -> UserError:
     return UserError(f"preset {preset!r} is unknown", cure=f"use one of auto, {', '.join(PRESETS)}")
 
 
-def paper_points(model: str) -> list[Point]:
-    """The points of Figure 8 in the figure's order, batch sizes as its launchers ran them."""
+def paper_points(model: str, kind: str = THROUGHPUT) -> list[Point]:
+    """The points of Figure 8, or of Figures 4 and 5, in the figure's order, batch sizes as its launchers ran them."""
+    if kind == LATENCY:
+        return [
+            Point(
+                model=model,
+                dataset=RANDOM_TOKENS,
+                top_k=top_k,
+                per_device_batch_size=batch,
+                seq_len_tokens=latency.SEQ_LEN_TOKENS,
+            )
+            for top_k, batch in latency.points(model)
+        ]
     return [
         Point(model=model, dataset=dataset, top_k=top_k, per_device_batch_size=batch)
         for dataset, top_k, batch in paper.figure8_order(model)
     ]
 
 
-def parse_points(text: str, model: str) -> list[Point]:
+def parse_points(text: str, model: str, kind: str = THROUGHPUT) -> list[Point]:
     """`--points`: see POINTS_HELP. Order is kept, repeats are dropped. Raises UserError."""
     points: list[Point] = []
     for item in re.split(r"[\s;]+", text.strip()):
         if item:
-            points += paper_points(model) if item == "paper" else _parse_item(item, model)
+            points += paper_points(model, kind) if item == "paper" else _parse_item(item, model)
     if not points:
         raise UserError("--points names no point", cure=POINTS_HELP)
     return list(dict.fromkeys(points))
@@ -163,6 +180,7 @@ class Protocol:
     With `num_queries`: one epoch over exactly that many queries (1000: the paper's protocol).
     `longest_batch_first`: before the first step, once forward and backward of the longest batch, so that no timed step
     is the first to meet it. Not with `num_queries`: the paper's protocol knows nothing of it.
+    `num_profiled_steps`: recorded by the profiler after the timed ones; 0 for throughput.
     """
 
     num_queries: int | None = None
@@ -172,6 +190,7 @@ class Protocol:
     max_timed_s: float = 600.0
     interval_frac: float = 0.02
     longest_batch_first: bool = True
+    num_profiled_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.num_queries is not None and self.num_queries < 1:
@@ -179,6 +198,21 @@ class Protocol:
         if not 0 < self.max_timed_s < math.inf:
             raise UserError(f"--max-seconds is {self.max_timed_s:g}; it must be a positive number")
 
+    @property
+    def num_steps_after(self) -> int:
+        """Steps needed after the timed ones: the profiler is started, records, and is started again for memory."""
+        return self.num_profiled_steps + 3 if self.num_profiled_steps else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Without what means nothing for throughput, so that points measured before it existed keep their identity."""
+        content = asdict(self)
+        if not self.num_profiled_steps:
+            del content["num_profiled_steps"]
+        return content
+
 
 # On two shared CPU cores the interval is noise of the machine: the tiny preset shows that all works, briefly.
 TINY_PROTOCOL = Protocol(max_timed_steps=20)
+# A breakdown needs no interval as narrow as a rate's: its phases differ by tens of percent.
+LATENCY_PROTOCOL = Protocol(max_timed_steps=200, max_timed_s=60.0, num_profiled_steps=2)
+TINY_LATENCY_PROTOCOL = replace(LATENCY_PROTOCOL, max_timed_steps=20)

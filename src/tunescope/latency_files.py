@@ -21,8 +21,11 @@ MARK_PREFIX = "tunescope mark: "
 PARAMETER_PREFIX = "tunescope gradient of: "
 NODE_PREFIX = "autograd::engine::evaluate_function: "
 
-# Marks, in the order in which the Trainer passes them.
-STEP_BEGIN, PRE_OPTIMIZER, OPTIMIZER, STEP_END = "step_begin", "pre_optimizer", "optimizer", "step_end"
+# Marks, in the order in which the Trainer passes them. A recorded step is from RESUME to STEP_END; what lies between
+# STEP_END and the next RESUME is the profiler's own.
+RESUME, STEP_BEGIN, PRE_OPTIMIZER, OPTIMIZER, STEP_END = (
+    "resume", "step_begin", "pre_optimizer", "optimizer", "step_end",
+)  # fmt: skip
 
 # Phases of a step, in the order of a table. "recompute" lies inside "backward" in PHASES_FILE, which is by clock, and
 # beside it in everything that is by kernel.

@@ -38,6 +38,7 @@ NO_OPERATOR = "(no operator)"
 # After which moment the main thread is where, while no module, node or optimizer runs.
 _BETWEEN = {
     files.STEP_END: (files.REST, BETWEEN_STEPS),
+    files.RESUME: (files.REST, BETWEEN_STEPS),
     files.STEP_BEGIN: (files.REST, DATA),
     "forward_end": (files.FORWARD, LOSS),
     "backward_begin": (files.BACKWARD, ENGINE),
@@ -67,9 +68,10 @@ class Recording:
 
 @dataclass(frozen=True)
 class Attribution:
-    """work: one row a piece of work, see `attribute`. window_ns: from the first mark to the end of the last work.
+    """work: one row a piece of work, see `attribute`.
 
-    num_steps: recorded steps in the window. on_gpu: work is GPU activities, else operators' self time.
+    window_ns: length of all recorded steps together, each up to the end of its last work. num_steps: how many they are.
+    on_gpu: work is GPU activities, else operators' self time.
     """
 
     work: pd.DataFrame
@@ -92,8 +94,7 @@ def attribute(recording: Recording) -> Attribution:
     cpu = events[~is_gpu & (events["kind"] != files.MEMORY)].reset_index(drop=True)
     gpu = events[is_gpu].reset_index(drop=True)
     placed = _Places(cpu, recording)
-    is_step_end = (cpu["kind"] == files.MARK) & (cpu["name"] == files.MARK_PREFIX + files.STEP_END)
-    ends = cpu.loc[is_step_end, "start_ns"].to_numpy()
+    begins = _mark_times(cpu, files.RESUME)
     if len(gpu):
         launching = _launching(gpu, cpu)
         work = gpu[["kind", "name", "device", "thread", "start_ns", "duration_ns"]]
@@ -102,12 +103,24 @@ def attribute(recording: Recording) -> Attribution:
         work = cpu.loc[launching, ["kind", "name", "device", "thread", "start_ns"]].reset_index(drop=True)
         work["duration_ns"] = placed.self_ns()[launching]
     launched_ns = np.append(cpu["start_ns"].to_numpy(), -1)[launching]
-    work = work.rename(columns={"thread": "stream"}).assign(step=np.searchsorted(ends, launched_ns, side="right") - 1)
+    work = work.rename(columns={"thread": "stream"}).assign(step=np.searchsorted(begins, launched_ns, side="right") - 1)
     work = pd.concat([work, placed.of(launching)], axis=1)
-    work_ends = (work["start_ns"] + work["duration_ns"]).max() if len(work) else 0
-    first = ends[0] if len(ends) else events["start_ns"].min()
-    last = max(ends[-1] if len(ends) else 0, work_ends)
-    return Attribution(work, int(last - first) if len(events) else 0, max(len(ends) - 1, 1), bool(len(gpu)))
+    window_ns, num_steps = _window(begins, _mark_times(cpu, files.STEP_END), work, events)
+    return Attribution(work, window_ns, num_steps, bool(len(gpu)))
+
+
+def _mark_times(cpu: pd.DataFrame, mark: str) -> np.ndarray:
+    return cpu.loc[(cpu["kind"] == files.MARK) & (cpu["name"] == files.MARK_PREFIX + mark), "start_ns"].to_numpy()
+
+
+def _window(begins: np.ndarray, ends: np.ndarray, work: pd.DataFrame, events: pd.DataFrame) -> tuple[int, int]:
+    """Length of all recorded steps, and their number; without marks the whole recording, as one step."""
+    steps = list(zip(begins.tolist(), ends[ends >= begins.min()].tolist(), strict=False)) if len(begins) else []
+    if not steps:
+        whole_ns = (events["start_ns"] + events["duration_ns"]).max() - events["start_ns"].min() if len(events) else 0
+        return int(whole_ns), 1
+    done_ns = (work["start_ns"] + work["duration_ns"]).groupby(work["step"]).max()
+    return sum(int(max(end, done_ns.get(step, 0)) - begin) for step, (begin, end) in enumerate(steps)), len(steps)
 
 
 def memory_timeline(recording: Recording) -> pd.DataFrame:

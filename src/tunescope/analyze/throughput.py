@@ -10,12 +10,11 @@ import pyarrow as pa
 
 from tunescope import flops, paper, results
 from tunescope.analyze.intervals import bootstrap_ratios
+from tunescope.analyze.points import UNREADABLE, check_cells, identity, point_folders, read_row
 from tunescope.analyze.slices import add_extrapolation
-from tunescope.config import Point
-from tunescope.errors import UserError
+from tunescope.config import THROUGHPUT
 from tunescope.hardware import GIB, Device, UnknownDevice, find_device
 
-UNREADABLE = "unreadable"
 _QUERIES_AND_SECONDS = "queries and seconds of each timed step"  # of a row under way, no column
 
 # Bits of NVML's throttle reasons (nvml.h, nvmlClocksThrottleReasons) that mean "slower than it could be". Idle and
@@ -47,99 +46,16 @@ def throughput(folder: Path) -> pd.DataFrame:
     A point that cannot be read is a row with status `unreadable` and its cause. Raises UserError if there is no such
     folder or no point in it.
     """
-    if not folder.is_dir():
-        raise UserError(
-            f"there is no folder {folder}",
-            cause="the path is mistyped, or nothing has been measured yet",
-            cure="run ./mixtral_tp.sh; it ends by printing the folder to give here",
-        )
-    rows = [_row(path) for path in results.find_point_folders(folder)]
-    if not rows:
-        unfinished = len(results.find_unfinished(folder))
-        raise UserError(
-            f"{folder} holds no measured point",
-            cause=f"{unfinished} were begun and not finished" if unfinished else "it is empty, or not a results folder",
-            cure="run ./mixtral_tp.sh; it ends by printing the folder to give here",
-        )
+    rows = [read_row(path, THROUGHPUT, _row) for path in point_folders(folder, "./mixtral_tp.sh")]
     _add_rates(rows)
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table = add_extrapolation(table)
     return _with_paper(table).iloc[_figure_order(table)].reset_index(drop=True)
 
 
-def _row(path: Path) -> dict[str, Any]:
-    try:
-        found = results.read_point(path)
-        if found.point.get("kind") != "throughput":
-            raise results.PointFormatError(
-                f"{path} holds a point of kind {found.point.get('kind')!r}, not throughput",
-                cure="use that figure's parser",
-            )
-        return _checked(_identity(found) | (_measured(found) if found.status == "ok" else {}))
-    except results.PointFormatError as error:
-        return {
-            "status": UNREADABLE,
-            "cause": f"{error.what}. {error.cause}".strip(),
-            "point_id": path.name,
-            "folder": str(path),
-        }
-    except (UserError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        # Its files are whole but lack what this version wrote into every one of them.
-        cause = f"{path} is not a point of this program ({type(error).__name__}: {error})"
-        return {"status": UNREADABLE, "cause": cause, "point_id": path.name, "folder": str(path)}
-
-
-def _checked(row: dict[str, Any]) -> dict[str, Any]:
-    """The row, if every cell is text or a number that a table can hold. Raises TypeError."""
-    for name, value in row.items():
-        is_number = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
-        if not (value is None or isinstance(value, str) or is_number or name == _QUERIES_AND_SECONDS):
-            raise TypeError(f"{name} is {str(value)[:80]}")
-    return row
-
-
-def _identity(found: results.PointFolder) -> dict[str, Any]:
-    point = Point(**found.point["point"])
-    gpu = found.environment.get("gpu") or {}
-    nvml = gpu.get("nvml") or {}
-    row = {
-        **point.to_json(),
-        "sparsity": point.sparsity,
-        "num_experts": found.point["model_config"]["num_local_experts"],
-        "weights": found.point["weights"]["kind"],
-        "data": found.point["data"]["kind"],
-        "moe": found.point["moe"],
-        "device": found.environment["device"],
-        "driver": nvml.get("driver_version"),
-        "power_limit_w": nvml.get("power_limit_w"),
-        "torch": found.environment["packages"].get("torch"),
-        "git_revision": found.environment.get("git_revision"),
-        "recipe_hash": found.point["recipe_hash"],
-        "setup_hash": _setup_hash(found.point, found.environment),
-        "is_papers_model": paper.is_papers_model(point.model, found.point["model_config"], point.total_layers),
-        "point_id": found.point["point_id"],
-        "folder": str(found.path),
-    }
-    for key in ("status", "cause", "tokenizer", "clock", "compute_dtype", "attention"):
-        row[key] = found.outcome.get(key)
-    for key in ("peak_allocated", "peak_reserved"):
-        num_bytes = found.outcome.get(f"{key}_bytes")
-        row[f"{key}_gib"] = None if num_bytes is None else num_bytes / GIB
-    return row
-
-
-def _setup_hash(point: dict[str, Any], environment: dict[str, Any]) -> str:
-    """The same for points that differ only in their bar, their depth or how long they were measured.
-
-    The machine is part of it: one GPU beside two CPUs took 1.4 and 2.2 s for the same step (docs/LOG.md).
-    """
-    nvml = (environment.get("gpu") or {}).get("nvml") or {}
-    setup = {
-        **{key: point.get(key) for key in ("recipe", "weights", "data", "moe", "stack", "speed_settings", "use_cpu")},
-        **{key: environment.get(key) for key in ("cpu", "cpu_cores", "python", "git_revision")},
-        **{key: nvml.get(key) for key in ("driver_version", "power_limit_w")},
-    }
-    return results.digest(setup)
+def _row(found: results.PointFolder) -> dict[str, Any]:
+    row = identity(found) | (_measured(found) if found.status == "ok" else {})
+    return check_cells(row, (_QUERIES_AND_SECONDS,))
 
 
 def _measured(found: results.PointFolder) -> dict[str, Any]:

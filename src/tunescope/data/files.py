@@ -65,7 +65,7 @@ def check_dataset_file(path: Path) -> DataFile:
     Every row is checked, so that a run does not die on row 10,000, and no row that the engine would drop with a
     warning shrinks the data set unseen. Raises UserError naming file, row (from 0) and cure.
     """
-    rows = _load_rows(path)
+    rows = load_rows(path)
     first = rows[0]
     if first.keys() >= _ALPACA:
         _check_alpaca(path, rows)
@@ -91,7 +91,7 @@ def check_dataset_file(path: Path) -> DataFile:
     )
 
 
-def _load_rows(path: Path) -> list[dict[str, Any]]:
+def load_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix not in _SUFFIXES:
         raise UserError(f"{path} does not end in {' or '.join(_SUFFIXES)}", cure=_FORMATS_CURE)
     try:

@@ -20,13 +20,7 @@ from tunescope.measure.phases import PhaseClock
 from tunescope.measure.steps import StepRecorder
 from tunescope.measure.trace import Trace
 
-NUM_MEMORY_STEPS = 1
-_STEPS_TO_START_PROFILER = 1
-
-
-def num_steps_after(num_profiled_steps: int) -> int:
-    """Steps that a breakdown needs after the unprofiled ones."""
-    return 2 * _STEPS_TO_START_PROFILER + num_profiled_steps + NUM_MEMORY_STEPS
+_NUM_MEMORY_STEPS = 1
 
 
 class Breakdown(TrainerCallback):
@@ -41,12 +35,9 @@ class Breakdown(TrainerCallback):
         steps: StepRecorder,
         trace_file: Path | None,
         *,
-        num_profiled_steps: int = 2,
         ends_training: bool = True,
     ) -> None:
-        assert steps.num_steps_after >= num_steps_after(num_profiled_steps)
         self.steps = steps
-        self.num_profiled_steps = num_profiled_steps
         self.is_done = False
         self._trace_file = trace_file
         self._ends_training = ends_training
@@ -86,14 +77,15 @@ class Breakdown(TrainerCallback):
             self._clock.begin_step(-1)
             self._clock.remove()
             self._calls.install()
-            self._begin_trace(self.num_profiled_steps, self._trace_file, with_memory=False)
+            self._begin_trace(self.steps.protocol.num_profiled_steps, self._trace_file, with_memory=False)
             return
         self._mark(files.STEP_END)
         trace = self._traces[-1]
         trace.step(self._calls.parameter_modules)
-        self._mark(files.STEP_END)  # again, for a recording that begins with the next step
+        if not trace.is_done:
+            self._mark(files.RESUME)
         if trace.is_done and len(self._traces) == 1:
-            self._begin_trace(NUM_MEMORY_STEPS, None, with_memory=True)
+            self._begin_trace(_NUM_MEMORY_STEPS, None, with_memory=True)
         elif trace.is_done:
             self._calls.remove()
             self.is_done = True

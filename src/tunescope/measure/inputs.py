@@ -61,13 +61,16 @@ def given_files(given: Sequence[str]) -> dict[str, Path]:
 
 
 def points_for_files(points: list[Point], given: dict[str, Path]) -> list[Point]:
-    """The figure's points; where a file is not of the paper's, the points of the CS group on it, and on what else is
-    given."""
+    """The figure's points; where a file is not of the paper's, the figure's first group (CS, or random tokens) on it
+    with its own lengths, and on what else is given."""
     own = [name for name in given if name not in config.PAPER_DATASETS]
     if not own:
         return points
     return [point for point in points if point.dataset in given] + [
-        replace(point, dataset=name) for name in own for point in points if point.dataset == "cs"
+        replace(point, dataset=name, seq_len_tokens=None)
+        for name in own
+        for point in points
+        if point.dataset == points[0].dataset
     ]
 
 
@@ -85,11 +88,19 @@ def data_of_points(points: Iterable[Point], named: dict[str, Path]) -> dict[Poin
     return found
 
 
+def probe_files(named: dict[str, Path]) -> dict[str, Path]:
+    """Files of the paper's data sets, whose queries are sent through the routers before and after training."""
+    return {name: file for name, file in named.items() if name in config.PAPER_DATASETS}
+
+
+def file_facts(file: Path) -> dict[str, Any]:
+    return {"kind": "file", "name": file.name, "sha256": files.sha256_hex(file)}
+
+
 def _described(dataset: str, file: Path | None) -> Data:
     if file is not None:
         checked = files.check_dataset_file(file)
-        facts = {"kind": "file", "name": file.name, "sha256": files.sha256_hex(file)}
-        return Data(checked.entry, facts, checked.num_queries)
+        return Data(checked.entry, file_facts(file), checked.num_queries)
     try:
         paper.length_histogram(dataset)
     except KeyError:

@@ -25,6 +25,12 @@ from tunescope.train.workload import Workload
 NUM_SAMPLES = 1000
 NUM_SAMPLES_TINY = 256
 MOE_STOCK = "stock"
+_PROTOCOLS = {  # (kind, is preset tiny)
+    (config.THROUGHPUT, False): Protocol(),
+    (config.THROUGHPUT, True): config.TINY_PROTOCOL,
+    (config.LATENCY, False): config.LATENCY_PROTOCOL,
+    (config.LATENCY, True): config.TINY_LATENCY_PROTOCOL,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,7 @@ class Options:
     """The flags of a `run` command; None and empty mean not given."""
 
     model: str = "mixtral"
+    kind: str = config.THROUGHPUT
     preset: str = "auto"
     gpu: int | None = None
     points: str | None = None
@@ -41,6 +48,7 @@ class Options:
     reentrant: bool = False
     memory_budget_gib: float | None = None
     max_seconds: float | None = None
+    seq_len: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +56,7 @@ class PointSpec:
     """All that the process of one point needs, and what its folder says of it."""
 
     point_id: str
+    kind: str
     workload: Workload
     protocol: Protocol
     weights: dict[str, Any]
@@ -57,14 +66,17 @@ class PointSpec:
     stack: dict[str, str | None]
     speed_settings: dict[str, str]
     revision: str | None
+    # Of a breakdown: data set -> file of the queries whose routing is counted; other data sets get synthetic ones.
+    probe_files: dict[str, Path]
+    probes: dict[str, Any]
 
     def identity(self) -> dict[str, Any]:
         """Whatever changes this, changes what was measured: a result under another identity is not this point's."""
-        return {
+        identity = {
             "schema_version": SCHEMA_VERSION,
-            "kind": "throughput",
+            "kind": self.kind,
             **self.workload.to_json(),
-            "protocol": vars(self.protocol),
+            "protocol": self.protocol.to_json(),
             "weights": self.weights,
             "data": self.data,
             "moe": MOE_STOCK,
@@ -73,6 +85,7 @@ class PointSpec:
             "stack": self.stack,
             "speed_settings": self.speed_settings,
         }
+        return identity | ({"probes": self.probes} if self.kind == config.LATENCY else {})
 
     def point_json(self) -> dict[str, Any]:
         identity = self.identity()
@@ -129,16 +142,15 @@ def _is_ones_own_choice() -> bool:
 def make_plan(options: Options) -> Plan:
     """Every point with all its settings. Raises UserError before anything is started or written."""
     _check_options(options)
-    points = (
-        config.paper_points(options.model)
-        if options.points is None
-        else config.parse_points(options.points, options.model)
-    )
+    points = _points(options)
     gpu = choose_gpu(options.gpu)
     given = inputs.given_files(options.datasets)
     if options.points is None:
         points = inputs.points_for_files(points, given)
-    if unused := given.keys() - {point.dataset for point in points}:
+    used = {point.dataset for point in points}
+    if options.kind == config.LATENCY:  # queries of the paper's data sets are sent through the routers at every point
+        used |= set(config.PAPER_DATASETS)
+    if unused := given.keys() - used:
         raise UserError(
             f"no point trains on {', '.join(str(given[name]) for name in sorted(unused))}",
             cause=f"--points names none of data set {', '.join(sorted(unused))}",
@@ -159,6 +171,7 @@ def make_plan(options: Options) -> Plan:
     )
     if size.preset == "tiny":
         base, model_dir = architectures.built_in_config("tiny"), None
+    named = inputs.study_files() | given
     common = _Common(
         options=options,
         recipe=recipe,
@@ -170,11 +183,24 @@ def make_plan(options: Options) -> Plan:
         stack={"python": platform.python_version(), **package_versions()},
         speed_settings=speed_settings(),
         revision=git_revision(),
+        probe_files=inputs.probe_files(named) if options.kind == config.LATENCY else {},
     )
-    points = config.points_at_depths(points, size.preset, list(size.depths), size.total_layers)
-    data = inputs.data_of_points(points, inputs.study_files() | given)
+    # A breakdown shows single layers: the deeper end has them all, there is nothing to extrapolate.
+    depths = list(size.depths) if options.kind == config.THROUGHPUT else [max(size.depths)]
+    points = config.points_at_depths(points, size.preset, depths, size.total_layers)
+    data = inputs.data_of_points(points, named)
     specs = [_spec(point, data[point], common) for point in points]
     return Plan(specs=specs, size=size, gpu=gpu, device=common.device)
+
+
+def _points(options: Options) -> list[Point]:
+    if options.points is None:
+        points = config.paper_points(options.model, options.kind)
+    else:
+        points = config.parse_points(options.points, options.model, options.kind)
+    if options.seq_len is None:
+        return points
+    return list(dict.fromkeys(replace(point, seq_len_tokens=options.seq_len) for point in points))
 
 
 def _check_options(options: Options) -> None:
@@ -204,18 +230,20 @@ class _Common:
     stack: dict[str, str | None]
     speed_settings: dict[str, str]
     revision: str | None
+    probe_files: dict[str, Path]
 
 
 def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
     options, recipe, gpu = common.options, common.recipe, common.gpu
-    protocol = replace(config.TINY_PROTOCOL if point.preset == "tiny" else Protocol(), num_queries=options.queries)
+    protocol = replace(_PROTOCOLS[options.kind, point.preset == "tiny"], num_queries=options.queries)
     if options.queries is not None:
         protocol = replace(protocol, longest_batch_first=False)
     if options.max_seconds is not None:
         protocol = replace(protocol, max_timed_s=options.max_seconds)
     usual = NUM_SAMPLES_TINY if point.preset == "tiny" else NUM_SAMPLES
     num_samples = inputs.num_training_queries(point, data, options.queries, usual)
-    max_steps = protocol.num_warmup_steps + protocol.max_timed_steps if options.queries is None else None
+    steps = protocol.num_warmup_steps + protocol.max_timed_steps + protocol.num_steps_after
+    max_steps = steps if options.queries is None else None
     if point.seq_len_tokens is not None:  # or the engine would cut it at the recipe's limit, and no row would say so
         recipe = recipe | {"cutoff_len": max(int(recipe["cutoff_len"]), point.seq_len_tokens)}
     workload = Workload(
@@ -231,6 +259,7 @@ def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
     budget_bytes = None if options.memory_budget_gib is None else round(options.memory_budget_gib * GIB)
     return PointSpec(
         point_id=point.point_id(device_slug(gpu)),
+        kind=options.kind,
         workload=workload,
         protocol=protocol,
         weights=common.weights,
@@ -240,6 +269,8 @@ def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
         stack=common.stack,
         speed_settings=common.speed_settings,
         revision=common.revision,
+        probe_files=common.probe_files,
+        probes={name: inputs.file_facts(file) for name, file in common.probe_files.items()},
     )
 
 

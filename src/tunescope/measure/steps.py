@@ -28,20 +28,18 @@ class StepRecorder(TrainerCallback):
     """Records one row per optimizer step (results.STEPS_SCHEMA) until the protocol is met, and then ends training.
 
     on_progress(steps done, steps expected) is called after every step, inside the next one's window: keep it short.
-    num_steps_after: steps that somebody else still needs; then training goes on, the last of its steps are left to
-    them, and `is_finished` says when nothing is recorded any more. Rows are complete only after training; read `rows()`
-    then.
+    Where the protocol wants steps after the timed ones, training goes on: the last steps are left to whoever records
+    them, and `is_finished` says when nothing is recorded here any more. Rows are complete only after training; read
+    `rows()` then.
     """
 
-    def __init__(
-        self, protocol: Protocol, on_progress: Progress, energy: EnergyMeter, *, num_steps_after: int = 0
-    ) -> None:
+    def __init__(self, protocol: Protocol, on_progress: Progress, energy: EnergyMeter) -> None:
         self.protocol = protocol
         self.on_progress = on_progress
         self.energy = energy
-        self.num_steps_after = num_steps_after
         self.is_finished = False
         self.energy_j: float | None = None
+        self.peak_memory: dict[str, int | None] = {}
         self.num_warmup_steps = 0
         self.train_runtime_ns = 0
         # Wall-clock edges of the timed steps, to pick out the GPU samples that belong to them.
@@ -64,7 +62,7 @@ class StepRecorder(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._on_gpu = args.device.type == "cuda"
         self._rank, self._world_size = args.process_index, args.world_size
-        num_steps = state.max_steps - self.num_steps_after
+        num_steps = state.max_steps - self.protocol.num_steps_after
         self.num_warmup_steps = min(self.protocol.num_warmup_steps, max(num_steps - 1, 0))
         self._hook = model.register_forward_pre_hook(self._count_batch, with_kwargs=True)
         if self._on_gpu:
@@ -83,11 +81,11 @@ class StepRecorder(TrainerCallback):
         done = len(self._boundaries) - 1
         if done == self.num_warmup_steps:
             self._start_timed_steps(done)
-        is_last = bool(self.num_steps_after) and done >= state.max_steps - self.num_steps_after
+        is_last = bool(self.protocol.num_steps_after) and done >= state.max_steps - self.protocol.num_steps_after
         if is_last or (self.protocol.num_queries is None and self._is_enough(done)):
-            control.should_training_stop = not self.num_steps_after
+            control.should_training_stop = not self.protocol.num_steps_after
             self._expected_timed_steps = done - self.num_warmup_steps
-            if self.num_steps_after:
+            if self.protocol.num_steps_after:
                 self._finish()
         self.on_progress(done, self._expected_steps(state.max_steps))
 
@@ -103,6 +101,7 @@ class StepRecorder(TrainerCallback):
         self.train_runtime_ns = time.perf_counter_ns() - self._train_start_ns
         self.timed_end_unix_ns = time.time_ns()
         self.energy_j = self.energy.stop_j()
+        self.peak_memory = peak_memory(self._on_gpu)
         self._hook.remove()
         self.is_finished = True
 
@@ -166,7 +165,7 @@ class StepRecorder(TrainerCallback):
     def _expected_steps(self, max_steps: int) -> int:
         if self.protocol.num_queries is not None:
             return max_steps
-        return min(max_steps, self.num_warmup_steps + self._expected_timed_steps + self.num_steps_after)
+        return min(max_steps, self.num_warmup_steps + self._expected_timed_steps + self.protocol.num_steps_after)
 
     # --- results ---
 
@@ -194,6 +193,14 @@ class StepRecorder(TrainerCallback):
                 }
             )
         return made
+
+
+def peak_memory(on_gpu: bool) -> dict[str, int | None]:
+    """Highest memory of torch's allocator so far, as outcome.json has it (bytes); None without a GPU."""
+    return {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
+    }
 
 
 def _between_ns(start: tuple[Any, int], end: tuple[Any, int]) -> int:

@@ -1,4 +1,4 @@
-"""The process of one throughput point: trains, records, writes the point's files into its work folder."""
+"""The process of one point: trains, records, writes the point's files into its work folder."""
 
 import errno
 import resource
@@ -18,7 +18,7 @@ PROGRESS_INTERVAL_S = 0.2
 
 
 def measure_point(connection: Connection, spec: PointSpec, work_dir: Path) -> None:
-    """Runs one point to its end, good or bad, and leaves outcome.json, with steps.arrow if it is ok.
+    """Runs one point to its end, good or bad, and leaves outcome.json, with what was recorded if it is ok.
 
     Sends ("step", done, expected) now and then, and ("user_error", UserError) where the user's input is at fault and no
     other point would fare better.
@@ -37,13 +37,12 @@ def measure_point(connection: Connection, spec: PointSpec, work_dir: Path) -> No
 
 
 def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[str, Any]:
-    import torch
-
     from tunescope.measure.energy import EnergyMeter
     from tunescope.measure.environment import environment
+    from tunescope.measure.recordings import make_recording
     from tunescope.measure.start import MeetLongestBatch, MemoryBudget, RunFacts, is_out_of_memory, limit_memory
-    from tunescope.measure.steps import StepRecorder
-    from tunescope.train.engine import run_workload
+    from tunescope.measure.steps import peak_memory
+    from tunescope.train.engine import MODEL_FOLDER, run_workload
 
     use_gpu = not spec.workload.use_cpu
     limit_threads(spec)
@@ -52,29 +51,24 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
         # A checkpoint's loading may take more for a moment than its training: there the limit waits for its end.
         limit_memory(spec.memory_budget_bytes)
     energy = EnergyMeter(use_gpu=use_gpu)
-    recorder = StepRecorder(spec.protocol, _Ticker(connection), energy)
+    scratch_dir = work_dir / SCRATCH
+    recording = make_recording(spec, _Ticker(connection), energy, work_dir, scratch_dir / MODEL_FOLDER)
+    recorder = recording.steps
     run_facts, longest = RunFacts(), MeetLongestBatch()
     facts: dict[str, Any] = {}
     status, cause = "ok", None
     try:
         fault("start", spec.point_id)
+        first = [longest] if spec.protocol.longest_batch_first else []
         callbacks = [
             MemoryBudget(spec.memory_budget_bytes),
             run_facts,
-            *([longest] if spec.protocol.longest_batch_first else []),
-            recorder,
+            *recording.callbacks(first),
             fault_callback(spec.point_id),
         ]
-        facts = run_workload(spec.workload, work_dir / SCRATCH, callbacks)
+        facts = run_workload(spec.workload, scratch_dir, callbacks)
         fault("writing", spec.point_id)
-        rows = recorder.rows()
-        if not any(not row["is_warmup"] for row in rows):
-            raise UserError(
-                "training ended before a step could be timed",
-                cause="the data set holds fewer queries than two batches",
-                cure="use more queries or a smaller batch",
-            )
-        results.write_arrow(work_dir / results.STEPS_FILE, rows, results.STEPS_SCHEMA)
+        recording.write(work_dir)
     except (UserError, OSError):
         raise
     except Exception as error:
@@ -94,12 +88,12 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
         "timed_end_unix_ns": recorder.timed_end_unix_ns,
         "gpu_energy_j": recorder.energy_j,
         "gpu_energy_why_not": energy.why_not,
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated() if use_gpu else None,
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if use_gpu else None,
+        **(recorder.peak_memory or peak_memory(use_gpu)),
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "longest_batch_why_not": longest.why_not,
         **facts,
         **run_facts.facts,
+        **recording.facts(work_dir),
     }
 
 

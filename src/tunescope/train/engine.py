@@ -19,6 +19,7 @@ from tunescope.models import folder, mixtral, tokenizer
 from tunescope.train.workload import Workload
 
 DATASET_KEY = "tunescope"
+MODEL_FOLDER = "model"  # under a run's scratch folder
 
 
 class _StopBeforeSaving(Exception):
@@ -85,7 +86,7 @@ def prepare(workload: Workload, scratch_dir: Path) -> tuple[dict[str, Any], dict
     mixtral.register()
     recipe = workload.recipe
     cutoff_len_tokens = int(recipe.get("cutoff_len", 2048))
-    model_dir, data_dir = scratch_dir / "model", scratch_dir / "data"
+    model_dir, data_dir = scratch_dir / MODEL_FOLDER, scratch_dir / "data"
     source = Path(workload.model_dir) if workload.model_dir else None
     tokenizer_kind = folder.build_model_folder(model_dir, workload.model_config, source, cutoff_len_tokens)
     _write_data(workload, model_dir, data_dir, tokenizer_kind)

@@ -1,0 +1,231 @@
+"""Breakdowns as tidy tables: phases, layers, operators and memory of every latency point."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from tunescope import latency_files as files
+from tunescope import results
+from tunescope.analyze.attribution import (
+    UNATTRIBUTED,
+    Attribution,
+    Recording,
+    attribute,
+    busy_ns,
+    memory_timeline,
+)
+from tunescope.analyze.intervals import bootstrap_ratios
+from tunescope.analyze.layouts import LAYER_ITSELF, Division
+from tunescope.analyze.points import Row, check_cells, identity
+
+ALL_LAYERS = -1
+# Columns of a point that identify it in every table.
+KEY = (
+    "model", "dataset", "sparsity", "top_k", "per_device_batch_size", "seq_len_tokens", "preset", "num_layers",
+    "total_layers", "weights", "data", "device", "point_id",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LatencyPoint:
+    """One measured point with its files, read when they are asked for."""
+
+    found: results.PointFolder
+    row: Row
+
+    @cached_property
+    def recording(self) -> Recording:
+        return self._recording(files.EVENTS_FILE)
+
+    @cached_property
+    def division(self) -> Division:
+        return Division(self.recording.modules)
+
+    @cached_property
+    def attribution(self) -> Attribution:
+        """With columns layer (ALL_LAYERS outside of them), part, below and label."""
+        found = attribute(self.recording)
+        work = found.work
+        places = [self.division.place(module) for module in work["module"]]
+        work["layer"], work["part"], work["below"] = zip(*places, strict=True) if places else ((), (), ())
+        work["label"] = [
+            self.division.op_label(below, node, outer, op)
+            for below, node, outer, op in zip(work["below"], work["node"], work["outer_op"], work["op"], strict=True)
+        ]
+        return found
+
+    def read(self, name: str, schema: pa.Schema) -> pd.DataFrame:
+        return results.read_arrow(self.found.path / name, schema).to_pandas()
+
+    def _recording(self, events: str) -> Recording:
+        return Recording(
+            events=self.read(events, files.EVENTS_SCHEMA),
+            calls=self.read(files.CALLS_FILE, files.CALLS_SCHEMA),
+            modules=self.read(files.MODULES_FILE, files.MODULES_SCHEMA),
+        )
+
+    @cached_property
+    def timed_step_ns(self) -> np.ndarray:
+        assert self.found.steps is not None
+        steps = self.found.steps.to_pandas()
+        return steps.loc[~steps["is_warmup"], "duration_ns"].to_numpy()
+
+    # --- tables; times are of one step ---
+
+    def phases(self) -> pd.DataFrame:
+        """phase, duration_s with its 95 % interval, host_duration_s, share_frac of the step: from unprofiled steps.
+
+        Recompute lies inside backward; the others add up to the step.
+        """
+        phases = self.read(files.PHASES_FILE, files.PHASES_SCHEMA)
+        step_s = self.timed_step_ns.mean() / 1e9
+        rows = []
+        for phase in files.PHASES:
+            of_phase = phases[phases["phase"] == phase]
+            seconds = of_phase["duration_ns"].to_numpy() / 1e9
+            value, low, high = bootstrap_ratios([(seconds, np.ones(len(seconds)))])[0]
+            rows.append(
+                {
+                    "phase": phase,
+                    "duration_s": value,
+                    "duration_s_low": low,
+                    "duration_s_high": high,
+                    "host_duration_s": of_phase["host_duration_ns"].mean() / 1e9,
+                    "share_frac": value / step_s,
+                    "num_steps": len(seconds),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def layers(self) -> pd.DataFrame:
+        """layer, part, phase, busy_ns, num_launches (profiled steps), span_ns (unprofiled; NaN where not marked)."""
+        work, num_steps = self.attribution.work, self.attribution.num_steps
+        cells = work.groupby(["layer", "part", "phase"], sort=False)["duration_ns"].agg(["sum", "size"]) / num_steps
+        cells = cells.rename(columns={"sum": "busy_ns", "size": "num_launches"}).reset_index()
+        merged = cells.merge(self._spans(), how="outer", on=["layer", "part", "phase"])
+        return merged.fillna({"busy_ns": 0.0, "num_launches": 0.0})
+
+    def _spans(self) -> pd.DataFrame:
+        spans = self.read(files.SPANS_FILE, files.SPANS_SCHEMA)
+        modules = self.recording.modules
+        paths = dict(zip(modules["module"], modules["path"], strict=True))
+        places = [self.division.place(paths[module]) for module in spans["module"]]
+        spans["layer"], spans["part"], _ = zip(*places, strict=True) if places else ((), (), ())
+        spans["phase"] = spans["phase"].astype(str)
+        num_steps = max(len(self.timed_step_ns), 1)
+        sums = spans.groupby(["layer", "part", "phase"])["duration_ns"].sum() / num_steps
+        return sums.rename("span_ns").reset_index()
+
+    def operators(self) -> pd.DataFrame:
+        """layer, label, phase, busy_ns, num_launches, mean_launch_ns: the part of a layer that the layout divides, the
+        one that takes longest where there is no layout."""
+        work, num_steps = self.attribution.work, self.attribution.num_steps
+        inside = work[(work["part"] == self.op_part) & (work["layer"] >= 0)]
+        cells = inside.groupby(["layer", "label", "phase"], sort=False)["duration_ns"].agg(["sum", "size"])
+        cells = cells.reset_index()
+        cells["busy_ns"], cells["num_launches"] = cells["sum"] / num_steps, cells["size"] / num_steps
+        cells["mean_launch_ns"] = cells["sum"] / cells["size"]
+        return cells.drop(columns=["sum", "size"])
+
+    @property
+    def op_part(self) -> str:
+        if self.division.layout is not None:
+            return self.division.layout.op_part
+        work = self.attribution.work
+        busy = work[(work["layer"] >= 0) & (work["part"] != LAYER_ITSELF)].groupby("part")["duration_ns"].sum()
+        return str(busy.idxmax()) if len(busy) else ""
+
+    def memory(self) -> pd.DataFrame:
+        """phase, layer, part, peak_bytes, end_bytes: highest and last allocated of each, over one step.
+
+        On a GPU absolute, anchored at what the allocator said before the optimizer. Without one it is the growth since
+        the step began, and blocks that were freed without having been seen are missing.
+        """
+        changes = memory_timeline(self._recording(files.MEMORY_EVENTS_FILE))
+        on_gpu = (changes["device"] >= 0).any()
+        changes = changes[(changes["device"] >= 0) == on_gpu].reset_index(drop=True)
+        allocated = changes["allocated_bytes"].cumsum() + self._base_bytes(changes)
+        places = [self.division.place(module) for module in changes["module"]]
+        changes["layer"], changes["part"], _ = zip(*places, strict=True) if places else ((), (), ())
+        changes["now_bytes"] = allocated
+        cells = changes.groupby(["phase", "layer", "part"], sort=False)["now_bytes"].agg(["max", "last"])
+        return cells.rename(columns={"max": "peak_bytes", "last": "end_bytes"}).reset_index()
+
+    def _base_bytes(self, changes: pd.DataFrame) -> int:
+        parts = self.memory_parts()
+        everything = parts.loc[parts["part"] == "everything", "allocated_bytes"]
+        if everything.empty:
+            return 0
+        events = self.read(files.MEMORY_EVENTS_FILE, files.EVENTS_SCHEMA)
+        is_moment = events["name"] == files.MARK_PREFIX + files.PRE_OPTIMIZER
+        moment_ns = events.loc[is_moment, "start_ns"].max()
+        return int(everything.iloc[0] - changes.loc[changes["time_ns"] <= moment_ns, "allocated_bytes"].sum())
+
+    def memory_parts(self) -> pd.DataFrame:
+        """part, allocated_bytes just before the optimizer."""
+        return self.read(files.MEMORY_PARTS_FILE, files.MEMORY_PARTS_SCHEMA)
+
+    # --- one row of facts ---
+
+    def summary(self) -> Row:
+        """How the profiled steps compare with the unprofiled ones, how busy the GPU was, how much was placed."""
+        found = self.attribution
+        work, num_steps = found.work, found.num_steps
+        total_ns = int(work["duration_ns"].sum())
+        busy = sum(
+            busy_ns(group["start_ns"].to_numpy(), group["duration_ns"].to_numpy())
+            for _, group in work.groupby("device")
+        )
+        step_ns = float(self.timed_step_ns.mean())
+        placed_ns = int(work.loc[work["phase"] != UNATTRIBUTED, "duration_ns"].sum())
+        launches = len(work) / num_steps
+        in_layers = work[work["layer"] >= 0].groupby("part")["duration_ns"].sum()
+        of_op_part = float(in_layers.get(self.op_part, 0) / in_layers.sum()) if len(in_layers) else np.nan
+        return {
+            "source": "kernels" if found.on_gpu else "cpu operators' self time",
+            "step_s": step_ns / 1e9,
+            "profiled_step_s": found.window_ns / num_steps / 1e9,
+            "profiled_over_unprofiled": found.window_ns / num_steps / step_ns,
+            "busy_s": (busy if found.on_gpu else total_ns) / num_steps / 1e9,
+            "cells_sum_s": total_ns / num_steps / 1e9,
+            "idle_frac": 1 - (busy if found.on_gpu else total_ns) / num_steps / step_ns,
+            "num_launches": launches,
+            "step_us_per_launch": step_ns / 1e3 / launches if launches else np.nan,
+            "attributed_frac": placed_ns / total_ns if total_ns else np.nan,
+            "op_part": self.op_part,
+            "op_part_of_layers_frac": of_op_part,
+            **self._span_check(),
+        }
+
+    def _span_check(self) -> Row:
+        """Decoder layers' forward and recompute: from their first kernel's start to the last one's end in the profiled
+        steps, against events around them in unprofiled ones."""
+        work, num_steps = self.attribution.work, self.attribution.num_steps
+        inside = work[(work["layer"] >= 0) & work["phase"].isin([files.FORWARD, files.RECOMPUTE])]
+        inside = inside.assign(end_ns=inside["start_ns"] + inside["duration_ns"])
+        ends = inside.groupby(["step", "layer", "phase"]).agg({"start_ns": "min", "end_ns": "max"})
+        profiled_ns = float((ends["end_ns"] - ends["start_ns"]).sum()) / num_steps
+        spans = self._spans()
+        of_layers = spans[(spans["part"] == LAYER_ITSELF) & spans["phase"].isin([files.FORWARD, files.RECOMPUTE])]
+        return {"layer_span_s": float(of_layers["span_ns"].sum()) / 1e9, "profiled_layer_span_s": profiled_ns / 1e9}
+
+
+def latency_point(found: results.PointFolder) -> Row:
+    """The identity of a point; the point itself, if it is ok, under the key `point`."""
+    row = identity(found)
+    row["oom_snapshot"] = found.outcome.get("oom_snapshot")
+    check_cells(row)
+    return row | ({"point": LatencyPoint(found, row)} if found.status == "ok" else {})
+
+
+def key_columns(row: Row) -> dict[str, Any]:
+    return {name: row[name] for name in KEY}
+
+
+def folder_of(row: Row) -> Path:
+    return Path(row["folder"])

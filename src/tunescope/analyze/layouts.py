@@ -1,0 +1,176 @@
+"""How a model is divided: its decoder layers, their parts, and the operators of the part that a figure looks into.
+
+What differs between models is data: a Layout. A model that has none is divided by the names of its own modules.
+Patterns are searched in a module's path below its layer, and in `NODE|OUTER OP|OP` of a piece of work (the node is
+empty outside backward); the first rule that fits gives the label.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import pandas as pd
+
+# Parts outside the layers, in the order of a step. What the model's own forward does last is the loss.
+EMBEDDING, FINAL_NORM, HEAD, OUTSIDE_LAYERS = "embedding", "final_norm", "lm_head + loss", "rest of the model"
+LAYER_ITSELF = "layer itself"  # residual additions
+
+MATMUL = r"\baten::(mm|addmm|bmm|baddbmm|matmul|linear|mv|addmv|_scaled_mm|_grouped_mm)$"
+_COPY = r"\|(aten::(copy_|_to_copy|to|clone|contiguous)|[^|]*[Mm]emcpy[^|]*)$"
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """label: may hold a group of `path` as {1}. path: below the layer. work: in NODE|OUTER OP|OP."""
+
+    label: str
+    path: str
+    work: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One architecture.
+
+    parts: label -> pattern of the path below a layer. block_class: class whose presence tells the model.
+    op_part: the part that `op_rules` divide; op_order: their labels in the order of a table. paper_names: our label ->
+    the paper's, where they differ.
+    """
+
+    name: str
+    block_class: str
+    parts: dict[str, str]
+    op_part: str
+    op_rules: Sequence[OpRule]
+    op_order: Sequence[str]
+    outside: dict[str, str] = field(default_factory=dict)
+
+
+_EXPERT_LINEAR = r"experts\.\d+\.(w[123])(?:\.base_layer)?$"
+_ROUTER = r"\.gate(?:\.base_layer)?$"
+_DEQUANT = r"bitsandbytes::dequantize_4bit$"
+# The scales of NF4 are themselves quantised: decoded, and shifted by their mean, before each use.
+_SCALES = r"bitsandbytes::dequantize_blockwise$|(MatMul4BitBackward\|.*|MatMul4Bit|bitsandbytes::\w+)\|aten::add_?$"
+
+MIXTRAL = Layout(
+    name="mixtral",
+    block_class="MixtralSparseMoeBlock",
+    parts={
+        "input_norm": r"^\.input_layernorm",
+        "attention": r"^\.self_attn",
+        "post_attention_norm": r"^\.post_attention_layernorm",
+        "moe": r"^\.block_sparse_moe",
+    },
+    op_part="moe",
+    op_rules=(
+        OpRule("{1}_dequant", _EXPERT_LINEAR, _DEQUANT),
+        OpRule("scales_dequant", _EXPERT_LINEAR, _SCALES),
+        OpRule("matmul({1})", _EXPERT_LINEAR, MATMUL),
+        OpRule("router_dequant", _ROUTER, _DEQUANT),
+        OpRule("scales_dequant", _ROUTER, _SCALES),
+        OpRule("matmul(router)", _ROUTER, MATMUL),
+        OpRule("matmul(lora)", r"\.lora_[AB]\b", MATMUL),
+        OpRule("gradient accumulation", "", r"AccumulateGrad\|"),
+        OpRule("activation", r"\.act_fn$"),
+        OpRule("softmax", r"^\.block_sparse_moe$", r"[sS]oftmax"),
+        OpRule("topk", r"^\.block_sparse_moe$", r"topk|Topk"),
+        # Everything else in the block itself sends tokens to experts and brings them back, copies included.
+        OpRule("gather/scatter/index", r"^\.block_sparse_moe$"),
+        OpRule("elementwise_mult", r"experts\.\d+$"),
+        OpRule("casts and copies", "", _COPY),
+        OpRule("lora scaling and adding", r"(w[123]|gate)(\.|$)"),
+        OpRule("other", ""),
+    ),
+    op_order=(
+        "matmul(w1)", "matmul(w2)", "matmul(w3)", "w1_dequant", "w2_dequant", "w3_dequant", "scales_dequant",
+        "matmul(lora)", "lora scaling and adding", "casts and copies", "activation", "elementwise_mult",
+        "matmul(router)", "router_dequant", "softmax", "topk", "gather/scatter/index", "gradient accumulation", "other",
+    ),
+)  # fmt: skip
+
+LAYOUTS = (MIXTRAL,)
+
+# For operators of any module: what kind of work it is.
+_KINDS = (
+    ("copy", r"\|[^|]*[Mm]emcpy[^|]*$"),
+    ("matmul", MATMUL),
+    ("dequantisation", r"dequantize"),
+    ("attention", r"attention|flash_attn"),
+    ("norm", r"norm"),
+    ("softmax", r"softmax"),
+    ("index", r"\|aten::(index|gather|scatter|nonzero|topk|sort|embedding|where|one_hot)\w*$"),
+    ("copy", _COPY),
+    ("reduction", r"\|aten::(sum|mean|max|min|amax|argmax)\w*$"),
+    ("gradient accumulation", r"AccumulateGrad\|"),
+    ("elementwise", ""),
+)
+
+
+class Division:
+    """Layer, part and operator label of every module path of one model."""
+
+    def __init__(self, modules: pd.DataFrame) -> None:
+        """modules: latency_files.MODULES_SCHEMA."""
+        classes = dict(zip(modules["path"], modules["class_name"], strict=True))
+        self.layout = next((known for known in LAYOUTS if known.block_class in classes.values()), None)
+        self._stacks = _stacks(classes)
+        self._embeddings = {path for path, class_name in classes.items() if "Embedding" in class_name}
+        self._root = str(modules["path"].iloc[0] or modules["class_name"].iloc[0]) if len(modules) else ""
+        self._classes = classes
+        self.place = cache(self._place)
+        self.op_label = cache(self._op_label)
+
+    def _place(self, module: str) -> tuple[int, str, str]:
+        """(decoder layer from 0 or -1, part, path below the layer) of a module's path, or of a name in parentheses."""
+        if module.startswith("(") or module == "unattributed":
+            return -1, module, ""
+        for stack in self._stacks:
+            if match := re.match(rf"{re.escape(stack)}\.(\d+)(\..*)?$", module):
+                below = match[2] or ""
+                return int(match[1]), self._part(below), below
+        return -1, self._outside_part(module), ""
+
+    def _part(self, below: str) -> str:
+        if not below:
+            return LAYER_ITSELF
+        if self.layout is not None:
+            return next((name for name, pattern in self.layout.parts.items() if re.search(pattern, below)), "other")
+        return below.split(".")[1]
+
+    def _outside_part(self, module: str) -> str:
+        name = module.rpartition(".")[2]
+        inside = module.partition("lora_")[0]
+        if any(inside.startswith(path) for path in self._embeddings) and "rotary" not in name:
+            return EMBEDDING
+        if "head" in module or self._is_whole_model(module):
+            return HEAD
+        return FINAL_NORM if "norm" in name.lower() else OUTSIDE_LAYERS
+
+    def _is_whole_model(self, module: str) -> bool:
+        """Whether its forward is the one that computes the loss: the root, or what a PEFT model wraps."""
+        class_name = self._classes.get(module, module)
+        return module == self._root or bool(re.search(r"For[A-Z]\w+$|^Peft|^LoraModel$", class_name))
+
+    def _op_label(self, below: str, node: str, outer_op: str, op: str) -> str:
+        """What a piece of work does within its layer, in the words of the layout, or by kind where there is none."""
+        work = f"{node}|{outer_op}|{op}"
+        if self.layout is None:
+            return next(label for label, pattern in _KINDS if re.search(pattern, work))
+        for rule in self.layout.op_rules:
+            path = re.search(rule.path, below)
+            if path and re.search(rule.work, work):
+                return rule.label.format(path[0], *path.groups())
+        return "other"
+
+
+def _stacks(classes: dict[str, str]) -> list[str]:
+    """Paths of the outermost lists of two or more modules of one class: a model's decoder layers."""
+    stacks: list[str] = []
+    for path, class_name in classes.items():
+        if class_name != "ModuleList" or any(path.startswith(f"{outer}.") for outer in stacks):
+            continue
+        members = [kind for name, kind in classes.items() if re.fullmatch(rf"{re.escape(path)}\.\d+", name)]
+        if len(members) > 1 and len(set(members)) == 1:
+            stacks.append(path)
+    return stacks

@@ -1,0 +1,107 @@
+"""Point folders as rows: which are there, what each says of itself, and what becomes of one that cannot be read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tunescope import paper, results
+from tunescope.config import Point
+from tunescope.errors import UserError
+from tunescope.hardware import GIB
+
+UNREADABLE = "unreadable"
+
+Row = dict[str, Any]
+
+
+def point_folders(folder: Path, launcher: str) -> list[Path]:
+    """Every finished point at or below `folder`. Raises UserError, naming the launcher to run, if there is none."""
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no folder {folder}",
+            cause="the path is mistyped, or nothing has been measured yet",
+            cure=f"run {launcher}; it ends by printing the folder to give here",
+        )
+    found = list(results.find_point_folders(folder))
+    if not found:
+        unfinished = len(results.find_unfinished(folder))
+        raise UserError(
+            f"{folder} holds no measured point",
+            cause=f"{unfinished} were begun and not finished" if unfinished else "it is empty, or not a results folder",
+            cure=f"run {launcher}; it ends by printing the folder to give here",
+        )
+    return found
+
+
+def read_row(path: Path, kind: str, row_of: Callable[[results.PointFolder], Row]) -> Row:
+    """What `row_of` makes of one point; if that fails for what is in the folder, a row with status `unreadable`."""
+    try:
+        found = results.read_point(path)
+        if found.point.get("kind") != kind:
+            raise results.PointFormatError(
+                f"{path} holds a point of kind {found.point.get('kind')!r}, not {kind}", cure="use that figure's parser"
+            )
+        return row_of(found)
+    except results.PointFormatError as error:
+        return _unreadable(path, f"{error.what}. {error.cause}".strip())
+    except (UserError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        # Its files are whole but lack what this version wrote into every one of them.
+        return _unreadable(path, f"{path} is not a point of this program ({type(error).__name__}: {error})")
+
+
+def _unreadable(path: Path, cause: str) -> Row:
+    return {"status": UNREADABLE, "cause": cause, "point_id": path.name, "folder": str(path)}
+
+
+def check_cells(row: Row, apart: tuple[str, ...] = ()) -> Row:
+    """The row, if every cell but those in `apart` is text or a number that a table can hold. Raises TypeError."""
+    for name, value in row.items():
+        is_number = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+        if not (value is None or isinstance(value, str) or is_number or name in apart):
+            raise TypeError(f"{name} is {str(value)[:80]}")
+    return row
+
+
+def identity(found: results.PointFolder) -> Row:
+    """What a point's folder says of itself: the bar, the machine, the provenance, how it ended."""
+    point = Point(**found.point["point"])
+    gpu = found.environment.get("gpu") or {}
+    nvml = gpu.get("nvml") or {}
+    row = {
+        **point.to_json(),
+        "sparsity": point.sparsity,
+        "num_experts": found.point["model_config"]["num_local_experts"],
+        "weights": found.point["weights"]["kind"],
+        "data": found.point["data"]["kind"],
+        "moe": found.point["moe"],
+        "device": found.environment["device"],
+        "driver": nvml.get("driver_version"),
+        "power_limit_w": nvml.get("power_limit_w"),
+        "torch": found.environment["packages"].get("torch"),
+        "git_revision": found.environment.get("git_revision"),
+        "recipe_hash": found.point["recipe_hash"],
+        "setup_hash": _setup_hash(found.point, found.environment),
+        "is_papers_model": paper.is_papers_model(point.model, found.point["model_config"], point.total_layers),
+        "point_id": found.point["point_id"],
+        "folder": str(found.path),
+    }
+    for key in ("status", "cause", "tokenizer", "clock", "compute_dtype", "attention"):
+        row[key] = found.outcome.get(key)
+    for key in ("peak_allocated", "peak_reserved"):
+        num_bytes = found.outcome.get(f"{key}_bytes")
+        row[f"{key}_gib"] = None if num_bytes is None else num_bytes / GIB
+    return row
+
+
+def _setup_hash(point: dict[str, Any], environment: dict[str, Any]) -> str:
+    """The same for points that differ only in their bar, their depth or how long they were measured.
+
+    The machine is part of it: one GPU beside two CPUs took 1.4 and 2.2 s for the same step (docs/LOG.md).
+    """
+    nvml = (environment.get("gpu") or {}).get("nvml") or {}
+    setup = {
+        **{key: point.get(key) for key in ("recipe", "weights", "data", "moe", "stack", "speed_settings", "use_cpu")},
+        **{key: environment.get(key) for key in ("cpu", "cpu_cores", "python", "git_revision")},
+        **{key: nvml.get(key) for key in ("driver_version", "power_limit_w")},
+    }
+    return results.digest(setup)
