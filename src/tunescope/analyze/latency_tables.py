@@ -10,7 +10,7 @@ from tunescope import expert_tokens as expert_files
 from tunescope import results
 from tunescope.analyze.experts import ExpertPoint, expert_tokens
 from tunescope.analyze.latency import KEY, LatencyPoint, key_columns, latency_point
-from tunescope.analyze.points import UNREADABLE, Row, point_folders, read_row
+from tunescope.analyze.points import ATTACHED, UNREADABLE, Row, point_folders, read_row
 from tunescope.config import LATENCY, PAPER_DATASETS, Point
 from tunescope.paper import latency as papers
 
@@ -83,6 +83,8 @@ def _tables_of_point(found: results.PointFolder) -> Row:
 
 
 def _experts(found: results.PointFolder, row: Row) -> ExpertPoint | None:
+    if row["preset"] == ATTACHED:
+        return None
     rows = results.read_arrow(found.path / expert_files.EXPERT_TOKENS_FILE, expert_files.EXPERT_TOKENS_SCHEMA)
     if not rows.num_rows:
         return None
@@ -107,7 +109,7 @@ def _order(row: Row) -> tuple[Any, ...]:
     if row["status"] == UNREADABLE:
         return (1, row["point_id"])
     return (
-        0, row["model"], row["device"], row["preset"], row["dataset"], row["top_k"], row["seq_len_tokens"] or 0,
+        0, row["model"], row["device"], row["preset"], row["dataset"], row["top_k"] or 0, row["seq_len_tokens"] or 0,
         row["per_device_batch_size"], row["point_id"],
     )  # fmt: skip
 

@@ -10,6 +10,8 @@ from tunescope.errors import UserError
 from tunescope.hardware import GIB
 
 UNREADABLE = "unreadable"
+# In place of a preset, and of weights and data, for steps of somebody's own Trainer.
+ATTACHED, OWN = "attached", "own"
 
 Row = dict[str, Any]
 
@@ -64,16 +66,10 @@ def check_cells(row: Row, apart: tuple[str, ...] = ()) -> Row:
 
 def identity(found: results.PointFolder) -> Row:
     """What a point's folder says of itself: the bar, the machine, the provenance, how it ended."""
-    point = Point(**found.point["point"])
     gpu = found.environment.get("gpu") or {}
     nvml = gpu.get("nvml") or {}
     row = {
-        **point.to_json(),
-        "sparsity": point.sparsity,
-        "num_experts": found.point["model_config"]["num_local_experts"],
-        "weights": found.point["weights"]["kind"],
-        "data": found.point["data"]["kind"],
-        "moe": found.point["moe"],
+        **(_own_trainer(found.point["attached"]) if "attached" in found.point else _launched(found.point)),
         "device": found.environment["device"],
         "driver": nvml.get("driver_version"),
         "power_limit_w": nvml.get("power_limit_w"),
@@ -81,7 +77,6 @@ def identity(found: results.PointFolder) -> Row:
         "git_revision": found.environment.get("git_revision"),
         "recipe_hash": found.point["recipe_hash"],
         "setup_hash": _setup_hash(found.point, found.environment),
-        "is_papers_model": paper.is_papers_model(point.model, found.point["model_config"], point.total_layers),
         "point_id": found.point["point_id"],
         "folder": str(found.path),
     }
@@ -91,6 +86,40 @@ def identity(found: results.PointFolder) -> Row:
         num_bytes = found.outcome.get(f"{key}_bytes")
         row[f"{key}_gib"] = None if num_bytes is None else num_bytes / GIB
     return row
+
+
+def _launched(content: dict[str, Any]) -> Row:
+    """Of a point that a launcher ran."""
+    point = Point(**content["point"])
+    return {
+        **point.to_json(),
+        "sparsity": point.sparsity,
+        "num_experts": content["model_config"]["num_local_experts"],
+        "weights": content["weights"]["kind"],
+        "data": content["data"]["kind"],
+        "moe": content["moe"],
+        "is_papers_model": paper.is_papers_model(point.model, content["model_config"], point.total_layers),
+    }
+
+
+def _own_trainer(attached: dict[str, Any]) -> Row:
+    """Of somebody's own Trainer, which StepProfiler watched: its model and data are theirs."""
+    return {
+        "model": attached["model_class"],
+        "dataset": attached["name"],
+        "sparsity": "-",
+        "top_k": None,
+        "num_experts": None,
+        "per_device_batch_size": attached["per_device_train_batch_size"],
+        "seq_len_tokens": None,
+        "preset": ATTACHED,
+        "num_layers": attached["num_layers"],
+        "total_layers": attached["num_layers"],
+        "weights": OWN,
+        "data": OWN,
+        "moe": OWN,
+        "is_papers_model": False,
+    }
 
 
 def _setup_hash(point: dict[str, Any], environment: dict[str, Any]) -> str:

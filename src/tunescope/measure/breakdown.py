@@ -92,12 +92,16 @@ class Breakdown(TrainerCallback):
             control.should_training_stop = control.should_training_stop or self._ends_training
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.abandon()
+        if self._on_gpu:
+            torch.cuda.synchronize()
+
+    def abandon(self) -> None:
+        """Takes every hook off the model and ends a recording under way; what is recorded in full stays."""
         self._clock.remove()
         self._calls.remove()
         for trace in self._traces:
             trace.stop()
-        if self._on_gpu:
-            torch.cuda.synchronize()
 
     # --- inside ---
 

@@ -21,9 +21,8 @@ def phases(group: pd.DataFrame) -> str:
     clock = "CUDA events at module and callback boundaries" if on_gpu else "the host's clock at the same boundaries"
     lines = [
         f"Unprofiled steps, by {clock}; mean ± half of the 95 % bootstrap interval. forward, backward, clip, "
-        "optimizer and "
-        "rest add up to the step. Recompute is part of backward: the layers' forward run again there by gradient "
-        "checkpointing. clip has the Trainer's NaN check in it; rest is data, logging and zero_grad.",
+        "optimizer and rest add up to the step. Recompute is part of backward: the layers' forward run again there "
+        "by gradient checkpointing. clip has the Trainer's NaN check in it; rest is data, logging and zero_grad.",
         f"A40 paper: Figure 4, on an {paper.GPU} with pretrained weights; its backward has the recompute in it, too.",
     ]
     rows = group.to_dict("records")
@@ -38,22 +37,18 @@ def phases(group: pd.DataFrame) -> str:
 
 def layers(tables: LatencyTables, group: pd.DataFrame) -> str:
     on_gpu = group["source"].eq("kernels").all()
-    busy = "GPU busy time: the sum of durations of all kernels, copies and memsets" if on_gpu else (
-        "CPU operators' self time, for lack of a GPU: Python between operators is not in it"
-    )  # fmt: skip
+    busy = "GPU time of the kernels, copies and memsets that the part launched"
+    if not on_gpu:
+        busy = "For lack of a GPU, self time of the part's CPU operators, without the Python between them"
     lines = [
-        f"{busy} that the part launched, per step, from profiled steps. span: from the part's first to its last "
-        "moment by "
-        "events in unprofiled steps, idle time included; a layer's backward span is from the end of its recompute to "
-        "the "
+        f"{busy}; per step, from profiled steps. span: from the part's first to its last moment by events in "
+        "unprofiled steps, idle time included; a layer's backward span is from the end of its recompute to the "
         "begin of the next one's. 'layer itself': residual additions, and as span the whole layer. Names in "
-        "parentheses "
-        "are work outside of modules. other: clip, optimizer and rest.",
+        "parentheses are work outside of modules. other: clip, optimizer and rest.",
         "A40 paper: Figure 5, forward and backward together, so compare it with total. Its sums are 0.69 to 0.70 of "
-        "Figure 4's forward + backward for Mixtral (embedding, head and loss are not in it, which explains little of "
-        "that), and its artifact scales forward times by the number of layers but not backward ones: compare its "
-        "shares, "
-        "not its milliseconds.",
+        "Figure 4's forward + backward for Mixtral (embedding, head and loss are not in it, which explains little "
+        "of that), and its artifact scales forward times by the number of layers but not backward ones: compare its "
+        "shares, not its milliseconds.",
     ]
     return _wrapped(lines + _takeaways(tables, group))
 
@@ -67,8 +62,7 @@ def _takeaways(tables: LatencyTables, group: pd.DataFrame) -> list[str]:
     holds = "holds" if abs(mean_pct - PAPERS_MOE_PCT) <= 10 else "does not hold"
     lines = [
         f"Paper's takeaway, the MoE layer is {PAPERS_MOE_PCT} % of the layers' time on average: {holds} here by busy "
-        "time, "
-        f"{number(mean_pct)} % on average ("
+        f"time, {number(mean_pct)} % on average ("
         + ", ".join(f"{_bar(row)} {number(pct)}" for row, pct in zip(rows, moe_pct, strict=True)) + ")."
     ]  # fmt: skip
     shares = []
@@ -80,8 +74,8 @@ def _takeaways(tables: LatencyTables, group: pd.DataFrame) -> list[str]:
         shares.append((row, ours_pct, theirs_pct))
     small = all(ours <= 5 for _, ours, _ in shares)
     lines.append(
-        "Paper's takeaway, with QLoRA the optimizer is next to nothing of a step: "
-        f"{'holds' if small else 'does not hold'} here ("
+        f"Paper's takeaway, with QLoRA the optimizer is next to nothing of a step: {'holds' if small else 'does not hold'} "
+        "here ("
         + ", ".join(f"{_bar(row)} {number(ours)} %, paper {number(theirs)} %" for row, ours, theirs in shares) + ")."
     )  # fmt: skip
     return lines
@@ -89,11 +83,10 @@ def _takeaways(tables: LatencyTables, group: pd.DataFrame) -> list[str]:
 
 def operators(group: pd.DataFrame) -> str:
     lines = [
-        "us each: mean of one launch. backward of a matmul is the gradient of its input, and for LoRA of its weights "
-        "too. "
-        "scales_dequant: NF4's scales, themselves quantised, are decoded before each use. gather/scatter/index: all "
-        "that "
-        "sends tokens to experts and adds their outputs up, copies to the host included.",
+        "us each: mean of one launch. backward of a matmul is the gradient of its input, and for LoRA of its "
+        "weights too. scales_dequant: NF4's scales, themselves quantised, are decoded before each use. "
+        "gather/scatter/index: all that sends tokens to experts and adds their outputs up, copies to the host "
+        "included.",
         "A40 paper: Figure 6, the mean of one launch of the forward kernel for one expert (for Mixtral taken where "
         "backward recomputes it), so compare it with forward or recompute 'us each'.",
     ]
@@ -106,16 +99,13 @@ def memory(group: pd.DataFrame) -> str:
     if group["source"].eq("kernels").all():
         text = (
             "Allocated by torch's allocator, followed through one more step with the profiler's memory events and "
-            "anchored "
-            "at the allocator's own count before the optimizer. activations at peak: the peak less weights, buffers "
-            "and "
-            "optimizer state; gradients that exist by then are in it."
+            "anchored at the allocator's own count before the optimizer. activations at peak: the peak less "
+            "weights, buffers and optimizer state; gradients that exist by then are in it."
         )
     else:
         text = (
             "Without a GPU: growth since the step began, so weights are not in the peak. Memory that was there "
-            "before and "
-            "is freed within the step is not seen."
+            "before and is freed within the step is not seen."
         )
     return _wrapped([text])
 
@@ -123,13 +113,10 @@ def memory(group: pd.DataFrame) -> str:
 def quality(group: pd.DataFrame) -> str:
     lines = [
         "profiled step: the profiler is on, with a range for every module; ratio: what it costs. busy: union of all "
-        "work; "
-        "cells' sum: the same work added up, larger only where work overlaps. idle: the part of an unprofiled step in "
-        "which the GPU does nothing. attributed: work whose launch was found in the recording; what is outside of "
-        "modules "
-        "has its own cells. layer spans: decoder layers' forward and recompute, by events around them in unprofiled "
-        "steps, "
-        "and from their first to their last work in profiled ones.",
+        "work; cells' sum: the same work added up, larger only where work overlaps. idle: the part of an unprofiled "
+        "step in which the GPU does nothing. attributed: work whose launch was found in the recording; what is "
+        "outside of modules has its own cells. layer spans: decoder layers' forward and recompute, by events around "
+        "them in unprofiled steps, and from their first to their last work in profiled ones.",
     ]
     if not group["source"].eq("kernels").all():
         lines.append("Without a GPU busy is operators' self time, and idle is Python and the engine between them.")
@@ -160,13 +147,13 @@ def provenance(points: pd.DataFrame) -> str:
 
     lines = [
         f"weights: {names('weights')}; data: {names('data')}; tokenizer: {names('tokenizer')}; MoE path: "
-        f"{names('moe')}; "
-        f"attention: {names('attention')}; compute: {names('compute_dtype')}; torch: {names('torch')}."
+        f"{names('moe')}; attention: {names('attention')}; compute: {names('compute_dtype')}; torch: "
+        f"{names('torch')}."
     ]
     if "tiny" in set(known["preset"]):
         lines.append(
-            "Preset tiny is a small model of the same architecture on whatever runs it: its rows show that everything "
-            "works, and say nothing of the paper's model."
+            "Preset tiny is a small model of the same architecture on whatever runs it: its rows show that "
+            "everything works, and say nothing of the paper's model."
         )
     if "slice" in set(known["preset"]):
         lines.append(
@@ -182,8 +169,7 @@ def _machine(ok: pd.DataFrame) -> list[str]:
         if pd.notna(row.get("profiled_over_unprofiled")) and not 0.8 < row["profiled_over_unprofiled"] < 2:
             lines.append(
                 f"{row['point_id']}: a profiled step took {number(row['profiled_over_unprofiled'])} times an "
-                "unprofiled "
-                "one; trust busy times, not spans, of the profiled steps."
+                "unprofiled one; trust busy times, not spans, of the profiled steps."
             )
     return lines
 
