@@ -14,6 +14,11 @@ from tunescope.analyze.points import ATTACHED, UNREADABLE, Row, point_folders, r
 from tunescope.config import LATENCY, PAPER_DATASETS, Point
 from tunescope.paper import latency as papers
 
+# What every row of points has, unreadable ones too; ok rows have LatencyPoint.summary's columns as well.
+POINT_COLUMNS = (
+    *KEY, "status", "cause", "folder", "clock", "tokenizer", "moe", "attention", "compute_dtype", "torch",
+    "peak_allocated_gib", "oom_snapshot", "is_papers_model",
+)  # fmt: skip
 TABLES = ("phases", "layers", "operators", "memory", "memory_parts")
 
 
@@ -54,8 +59,9 @@ def latency_tables(folder: Path) -> LatencyTables:
     rows.sort(key=_order)
     places = {row["point_id"]: place for place, row in enumerate(rows)}
     experts.sort(key=lambda point: point.label)
+    columns = dict.fromkeys([*POINT_COLUMNS, *(name for row in rows for name in row)])
     return LatencyTables(
-        points=pd.DataFrame(rows),
+        points=pd.DataFrame(rows, columns=list(columns)),
         **{name: _joined(frames[name], places) for name in TABLES},
         experts=experts,
     )

@@ -74,8 +74,7 @@ def _takeaways(tables: LatencyTables, group: pd.DataFrame) -> list[str]:
         shares.append((row, ours_pct, theirs_pct))
     small = all(ours <= 5 for _, ours, _ in shares)
     lines.append(
-        f"Paper's takeaway, with QLoRA the optimizer is next to nothing of a step: {'holds' if small else 'does not hold'} "
-        "here ("
+        f"Paper's takeaway, with QLoRA the optimizer is next to nothing of a step: {'holds' if small else 'fails'} here ("
         + ", ".join(f"{_bar(row)} {number(ours)} %, paper {number(theirs)} %" for row, ours, theirs in shares) + ")."
     )  # fmt: skip
     return lines
