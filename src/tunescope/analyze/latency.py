@@ -53,10 +53,8 @@ class LatencyPoint:
         work = found.work
         places = [self.division.place(module) for module in work["module"]]
         work["layer"], work["part"], work["below"] = zip(*places, strict=True) if places else ((), (), ())
-        work["label"] = [
-            self.division.op_label(below, node, outer, op)
-            for below, node, outer, op in zip(work["below"], work["node"], work["outer_op"], work["op"], strict=True)
-        ]
+        columns = (work[name] for name in ("below", "node", "outer_op", "op", "name"))
+        work["label"] = [self.division.op_label(*cells) for cells in zip(*columns, strict=True)]
         return found
 
     def read(self, name: str, schema: pa.Schema) -> pd.DataFrame:
@@ -181,7 +179,10 @@ class LatencyPoint:
             busy_ns(group["start_ns"].to_numpy(), group["duration_ns"].to_numpy())
             for _, group in work.groupby("device")
         )
-        step_ns = float(self.timed_step_ns.mean())
+        busy_step_ns = (busy if found.on_gpu else total_ns) / num_steps
+        step_ns, profiled_step_ns = float(self.timed_step_ns.mean()), found.window_ns / num_steps
+        # Kernels take as long under the profiler, operators on the CPU do not.
+        idle_frac = 1 - busy_step_ns / (step_ns if found.on_gpu else profiled_step_ns)
         placed_ns = int(work.loc[work["phase"] != UNATTRIBUTED, "duration_ns"].sum())
         launches = len(work) / num_steps
         in_layers = work[work["layer"] >= 0].groupby("part")["duration_ns"].sum()
@@ -189,11 +190,11 @@ class LatencyPoint:
         return {
             "source": "kernels" if found.on_gpu else "cpu operators' self time",
             "step_s": step_ns / 1e9,
-            "profiled_step_s": found.window_ns / num_steps / 1e9,
-            "profiled_over_unprofiled": found.window_ns / num_steps / step_ns,
-            "busy_s": (busy if found.on_gpu else total_ns) / num_steps / 1e9,
+            "profiled_step_s": profiled_step_ns / 1e9,
+            "profiled_over_unprofiled": profiled_step_ns / step_ns,
+            "busy_s": busy_step_ns / 1e9,
             "cells_sum_s": total_ns / num_steps / 1e9,
-            "idle_frac": 1 - (busy if found.on_gpu else total_ns) / num_steps / step_ns,
+            "idle_frac": idle_frac,
             "num_launches": launches,
             "step_us_per_launch": step_ns / 1e3 / launches if launches else np.nan,
             "attributed_frac": placed_ns / total_ns if total_ns else np.nan,

@@ -1,8 +1,8 @@
 """How a model is divided: its decoder layers, their parts, and the operators of the part that a figure looks into.
 
 What differs between models is data: a Layout. A model that has none is divided by the names of its own modules.
-Patterns are searched in a module's path below its layer, and in `NODE|OUTER OP|OP` of a piece of work (the node is
-empty outside backward); the first rule that fits gives the label.
+Patterns are searched in a module's path below its layer, and in `NODE|OUTER OP|OP|KERNEL` of a piece of work (the node
+is empty outside backward; without a GPU the kernel is the operator); the first rule that fits gives the label.
 """
 
 import re
@@ -16,13 +16,13 @@ import pandas as pd
 EMBEDDING, FINAL_NORM, HEAD, OUTSIDE_LAYERS = "embedding", "final_norm", "lm_head + loss", "rest of the model"
 LAYER_ITSELF = "layer itself"  # residual additions
 
-MATMUL = r"\baten::(mm|addmm|bmm|baddbmm|matmul|linear|mv|addmv|_scaled_mm|_grouped_mm)$"
-_COPY = r"\|(aten::(copy_|_to_copy|to|clone|contiguous)|[^|]*[Mm]emcpy[^|]*)$"
+MATMUL = r"\|aten::(mm|addmm|bmm|baddbmm|matmul|linear|mv|addmv|_scaled_mm|_grouped_mm)\|"
+_COPY = r"\|aten::(copy_|_to_copy|to|clone|contiguous)\||\|[^|]*[Mm]emcpy[^|]*$"
 
 
 @dataclass(frozen=True)
 class OpRule:
-    """label: may hold a group of `path` as {1}. path: below the layer. work: in NODE|OUTER OP|OP."""
+    """label: may hold a group of `path` as {1}. path: below the layer. work: in NODE|OUTER OP|OP|KERNEL."""
 
     label: str
     path: str
@@ -49,9 +49,16 @@ class Layout:
 
 _EXPERT_LINEAR = r"experts\.\d+\.(w[123])(?:\.base_layer)?$"
 _ROUTER = r"\.gate(?:\.base_layer)?$"
-_DEQUANT = r"bitsandbytes::dequantize_4bit$"
+# bitsandbytes decodes by an operator of its own in backward, and by bare kernels inside gemm_4bit in forward. The last
+# parameter of its kernel is the data type: 0 is 8 bit (the scales), 1 FP4, 2 NF4 (its csrc/common.h).
+_DEQUANT = r"\|bitsandbytes::dequantize_4bit\||kDequantizeBlockwise<[^|]*\D[12]>"
 # The scales of NF4 are themselves quantised: decoded, and shifted by their mean, before each use.
-_SCALES = r"bitsandbytes::dequantize_blockwise$|(MatMul4BitBackward\|.*|MatMul4Bit|bitsandbytes::\w+)\|aten::add_?$"
+_SCALES = (
+    r"\|bitsandbytes::dequantize_blockwise\||kDequantizeBlockwise<[^|]*\D0>"
+    r"|(MatMul4BitBackward\|[^|]*|MatMul4Bit|bitsandbytes::\w+)\|aten::add_?\|"
+)
+# For few tokens bitsandbytes has kernels that decode while they multiply.
+_FUSED = r"\|[^|:]*gemm_4bit[^|:]*$"
 
 MIXTRAL = Layout(
     name="mixtral",
@@ -66,9 +73,11 @@ MIXTRAL = Layout(
     op_rules=(
         OpRule("{1}_dequant", _EXPERT_LINEAR, _DEQUANT),
         OpRule("scales_dequant", _EXPERT_LINEAR, _SCALES),
+        OpRule("matmul({1}) decoding", _EXPERT_LINEAR, _FUSED),
         OpRule("matmul({1})", _EXPERT_LINEAR, MATMUL),
         OpRule("router_dequant", _ROUTER, _DEQUANT),
         OpRule("scales_dequant", _ROUTER, _SCALES),
+        OpRule("matmul(router) decoding", _ROUTER, _FUSED),
         OpRule("matmul(router)", _ROUTER, MATMUL),
         OpRule("matmul(lora)", r"\.lora_[AB]\b", MATMUL),
         OpRule("gradient accumulation", "", r"AccumulateGrad\|"),
@@ -79,13 +88,16 @@ MIXTRAL = Layout(
         OpRule("gather/scatter/index", r"^\.block_sparse_moe$"),
         OpRule("elementwise_mult", r"experts\.\d+$"),
         OpRule("casts and copies", "", _COPY),
+        OpRule("rest of the NF4 linears", r"\.base_layer$"),
         OpRule("lora scaling and adding", r"(w[123]|gate)(\.|$)"),
         OpRule("other", ""),
     ),
     op_order=(
-        "matmul(w1)", "matmul(w2)", "matmul(w3)", "w1_dequant", "w2_dequant", "w3_dequant", "scales_dequant",
-        "matmul(lora)", "lora scaling and adding", "casts and copies", "activation", "elementwise_mult",
-        "matmul(router)", "router_dequant", "softmax", "topk", "gather/scatter/index", "gradient accumulation", "other",
+        "matmul(w1)", "matmul(w2)", "matmul(w3)", "matmul(w1) decoding", "matmul(w2) decoding", "matmul(w3) decoding",
+        "w1_dequant", "w2_dequant", "w3_dequant", "scales_dequant", "rest of the NF4 linears", "matmul(lora)",
+        "lora scaling and adding", "casts and copies", "activation", "elementwise_mult", "matmul(router)",
+        "matmul(router) decoding", "router_dequant", "softmax", "topk", "gather/scatter/index",
+        "gradient accumulation", "other",
     ),
 )  # fmt: skip
 
@@ -93,15 +105,14 @@ LAYOUTS = (MIXTRAL,)
 
 # For operators of any module: what kind of work it is.
 _KINDS = (
-    ("copy", r"\|[^|]*[Mm]emcpy[^|]*$"),
+    ("copy", _COPY),
     ("matmul", MATMUL),
     ("dequantisation", r"dequantize"),
     ("attention", r"attention|flash_attn"),
     ("norm", r"norm"),
     ("softmax", r"softmax"),
-    ("index", r"\|aten::(index|gather|scatter|nonzero|topk|sort|embedding|where|one_hot)\w*$"),
-    ("copy", _COPY),
-    ("reduction", r"\|aten::(sum|mean|max|min|amax|argmax)\w*$"),
+    ("index", r"\|aten::(index|gather|scatter|nonzero|topk|sort|embedding|where|one_hot)\w*\|"),
+    ("reduction", r"\|aten::(sum|mean|max|min|amax|argmax)\w*\|"),
     ("gradient accumulation", r"AccumulateGrad\|"),
     ("elementwise", ""),
 )
@@ -152,9 +163,9 @@ class Division:
         class_name = self._classes.get(module, module)
         return module == self._root or bool(re.search(r"For[A-Z]\w+$|^Peft|^LoraModel$", class_name))
 
-    def _op_label(self, below: str, node: str, outer_op: str, op: str) -> str:
+    def _op_label(self, below: str, node: str, outer_op: str, op: str, kernel: str) -> str:
         """What a piece of work does within its layer, in the words of the layout, or by kind where there is none."""
-        work = f"{node}|{outer_op}|{op}"
+        work = f"{node}|{outer_op}|{op}|{kernel}"
         if self.layout is None:
             return next(label for label, pattern in _KINDS if re.search(pattern, work))
         for rule in self.layout.op_rules:

@@ -4,6 +4,7 @@ import gzip
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,14 @@ class Trace:
             schedule=torch.profiler.schedule(wait=0, warmup=1, active=num_steps, repeat=1),
             on_trace_ready=self._keep,
             profile_memory=with_memory,
-            acc_events=True,
         )
         self._refs: Mapping[str, int] = {}
 
     def start(self) -> None:
         self._wait()
-        self._profiler.start()
+        with warnings.catch_warnings():  # that a second cycle would forget the first: there is one
+            warnings.simplefilter("ignore", UserWarning)
+            self._profiler.start()
 
     def step(self, parameter_modules: Mapping[str, int]) -> None:
         """parameter_modules: full name of a parameter -> id of its module, to resolve marks of gradients."""

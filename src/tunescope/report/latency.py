@@ -206,29 +206,29 @@ def _operators_table(tables: LatencyTables, row: dict[str, Any], layer: int | No
 
 
 def _memory_table(tables: LatencyTables, group: pd.DataFrame) -> str:
-    parts = ("frozen_weights", "trained_weights", "gradients", "optimizer")
-    header = [
-        "data", "sparsity", "batch", *(part.replace("_", " ") for part in parts), "activations at peak",
-        *(f"end of {phase}" for phase in (files.FORWARD, files.BACKWARD)), "peak", "in phase", "in part", "in layer",
-    ]  # fmt: skip
+    held_parts = ("frozen_weights", "trained_weights", "gradients", "optimizer")
+    header = ["data", "sparsity", "batch", *(part.replace("_", " ") for part in held_parts), "forward leaves"]
+    header += [f"peak in {phase}" for phase in (*_PASSES, files.OPTIMIZER_STEP)]
+    header += ["activations", "peak of all", "in phase", "in part", "in layer"]
     rows = []
     for row in _records(group):
         memory = tables.memory[tables.memory["point_id"] == row["point_id"]]
         held = tables.memory_parts[tables.memory_parts["point_id"] == row["point_id"]].set_index("part")
         held_gib = held["allocated_bytes"] / GIB
-        peak = memory.loc[memory["peak_bytes"].idxmax()]
-        base_gib = sum(held_gib[part] for part in ("frozen_weights", "trained_weights", "optimizer", "buffers"))
-        # Without a GPU only growth is known, and the weights were there before.
-        activations_gib = peak["peak_bytes"] / GIB - (base_gib if "everything" in held_gib.index else 0)
-        ends = memory.groupby("phase", sort=False)["end_bytes"].last() / GIB
-        rows.append(
-            [
-                *_bar(row), *(number(held_gib[part]) for part in parts), number(activations_gib),
-                *(number(_value(ends, phase)) for phase in (files.FORWARD, files.BACKWARD)),
-                number(peak["peak_bytes"] / GIB), str(peak["phase"]), str(peak["part"]),
-                str(int(peak["layer"])) if peak["layer"] >= 0 else "-",
-            ]
-        )  # fmt: skip
+        phases = memory.groupby("phase", sort=False).agg({"peak_bytes": "max", "end_bytes": "last"}) / GIB
+        peaks_gib = phases["peak_bytes"]
+        # Without a GPU only growth is known, and what a step begins with is not in it.
+        base_gib = 0.0
+        if "everything" in held_gib.index:
+            base_gib = sum(held_gib[part] for part in ("frozen_weights", "trained_weights", "optimizer", "buffers"))
+        highest = memory.loc[memory["peak_bytes"].idxmax()]
+        made = [*_bar(row), *(number(held_gib[part]) for part in held_parts)]
+        made += [number(_value(phases["end_bytes"], files.FORWARD))]
+        made += [number(_value(peaks_gib, phase)) for phase in (*_PASSES, files.OPTIMIZER_STEP)]
+        made += [number(peaks_gib.reindex(_PASSES).max() - base_gib), number(peaks_gib.max())]
+        made += [str(highest["phase"]), str(highest["part"])]
+        made += [str(int(highest["layer"])) if highest["layer"] >= 0 else "-"]
+        rows.append(made)
     return text_table(header, rows, left_columns=2)
 
 

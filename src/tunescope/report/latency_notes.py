@@ -74,7 +74,7 @@ def _takeaways(tables: LatencyTables, group: pd.DataFrame) -> list[str]:
         shares.append((row, ours_pct, theirs_pct))
     small = all(ours <= 5 for _, ours, _ in shares)
     lines.append(
-        f"Paper's takeaway, with QLoRA the optimizer is next to nothing of a step: {'holds' if small else 'fails'} here ("
+        f"Paper's takeaway, with QLoRA the optimizer is next to nothing: {'holds' if small else 'fails'} here ("
         + ", ".join(f"{_bar(row)} {number(ours)} %, paper {number(theirs)} %" for row, ours, theirs in shares) + ")."
     )  # fmt: skip
     return lines
@@ -98,8 +98,9 @@ def memory(group: pd.DataFrame) -> str:
     if group["source"].eq("kernels").all():
         text = (
             "Allocated by torch's allocator, followed through one more step with the profiler's memory events and "
-            "anchored at the allocator's own count before the optimizer. activations at peak: the peak less "
-            "weights, buffers and optimizer state; gradients that exist by then are in it."
+            "anchored at the allocator's own count before the optimizer. activations: the highest of forward, "
+            "recompute and backward less weights, buffers and optimizer state; what gradients there are by then is "
+            "in it."
         )
     else:
         text = (
@@ -118,7 +119,9 @@ def quality(group: pd.DataFrame) -> str:
         "them in unprofiled steps, and from their first to their last work in profiled ones.",
     ]
     if not group["source"].eq("kernels").all():
-        lines.append("Without a GPU busy is operators' self time, and idle is Python and the engine between them.")
+        lines.append(
+            "Without a GPU busy is operators' self time, and idle is Python and the engine between them, of a profiled step."
+        )
     return _wrapped(lines)
 
 
