@@ -120,7 +120,7 @@ def quality(group: pd.DataFrame) -> str:
     ]
     if not group["source"].eq("kernels").all():
         lines.append(
-            "Without a GPU busy is operators' self time, and idle is Python and the engine between them, of a profiled step."
+            "Without a GPU busy is operators' self time, and idle is the rest of a profiled step: Python, mostly."
         )
     return _wrapped(lines)
 
