@@ -81,8 +81,8 @@ def latency_text(tables: LatencyTables, layer: int | None = None, *, num_unfinis
         blocks.append(experts)
     others = points[points["status"] != "ok"]
     if not others.empty:
-        rows = [(_name(row), str(row["status"]), str(row["cause"])) for row in _records(others)]
-        blocks.append("Points without a breakdown\n\n" + text_table(("point", "status", "cause"), rows, left_columns=3))
+        rows = [(str(row["point_id"]), str(row["status"])) for row in _records(others)]
+        blocks.append("Points without a breakdown\n\n" + text_table(("point", "status"), rows, left_columns=2))
         blocks.append(latency_notes.failures(others))
     blocks.append(latency_notes.provenance(points))
     if num_unfinished:
@@ -258,10 +258,6 @@ def _bar(row: dict[str, Any]) -> list[str]:
 def _label(row: dict[str, Any]) -> str:
     data, sparsity, batch = _bar(row)
     return f"{row['model']} {data} {sparsity} batch {batch}"
-
-
-def _name(row: dict[str, Any]) -> str:
-    return str(row["point_id"])
 
 
 def _scope(row: dict[str, Any], layer: int | None) -> str:

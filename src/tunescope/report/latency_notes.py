@@ -128,9 +128,9 @@ def quality(group: pd.DataFrame) -> str:
 def failures(others: pd.DataFrame) -> str:
     lines = []
     for row in others.to_dict("records"):
-        peak = row.get("peak_allocated_gib")
-        if pd.notna(peak):
-            lines.append(f"{row['point_id']}: peak {number(peak)} GiB allocated.")
+        peak_gib = row["peak_allocated_gib"]
+        peak = "" if pd.isna(peak_gib) else f" (peak {number(peak_gib)} GiB allocated)"
+        lines.append(f"{row['point_id']}: {row['status']}{peak}: {row['cause']}")
         if isinstance(row.get("oom_snapshot"), str):
             lines.append(
                 f"{row['point_id']}: what held memory is in {row['folder']}/{row['oom_snapshot']}; "
