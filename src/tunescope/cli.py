@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from tunescope import __version__
-from tunescope.config import LATENCY, POINTS_HELP, PROFILE_FOLDER
+from tunescope.config import LATENCY, POINTS_HELP, PROFILE_FOLDER, THROUGHPUT
 from tunescope.errors import UserError
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
@@ -66,21 +66,7 @@ def run_throughput(
     memory_budget_gib: MemoryBudgetGib = None,
 ) -> None:
     """Figure 8: fine-tuning throughput, dense and sparse, by batch size."""
-    from tunescope.measure.plan import Options
-
-    options = Options(
-        model=model,
-        preset=preset,
-        gpu=gpu,
-        points=None if points is None else " ".join(points),
-        queries=queries,
-        datasets=tuple(dataset or ()),
-        model_path=model_path,
-        reentrant=reentrant,
-        memory_budget_gib=memory_budget_gib,
-        max_seconds=max_seconds,
-    )
-    _run(options, out, parser="throughput.py", dry_run=dry_run, fresh=fresh)
+    _run(THROUGHPUT, "throughput.py", **locals())
 
 
 @run_app.command("latency")
@@ -103,30 +89,27 @@ def run_latency(
     memory_budget_gib: MemoryBudgetGib = None,
 ) -> None:
     """Figures 4, 5 and 11: where the time and memory of a step go, by phase, layer and operator; tokens per expert."""
-    from tunescope.measure.plan import Options
-
-    options = Options(
-        model=model,
-        kind=LATENCY,
-        preset=preset,
-        gpu=gpu,
-        points=None if points is None else " ".join(points),
-        queries=queries,
-        datasets=tuple(dataset or ()),
-        model_path=model_path,
-        reentrant=reentrant,
-        memory_budget_gib=memory_budget_gib,
-        max_seconds=max_seconds,
-        seq_len=seq_len,
-    )
-    _run(options, out, parser=f"{model}_latency.py", dry_run=dry_run, fresh=fresh)
+    _run(LATENCY, f"{model}_latency.py", **locals())
 
 
-def _run(options: Any, out: Path | None, *, parser: str, dry_run: bool, fresh: bool) -> None:
-    """options: measure.plan.Options. parser: the script that prints the table of what is measured."""
-    from tunescope.measure.plan import make_plan
+def _run(
+    kind: str,
+    parser: str,
+    *,
+    out: Path | None,
+    points: list[str] | None,
+    dataset: list[str] | None,
+    dry_run: bool,
+    fresh: bool,
+    **others: Any,
+) -> None:
+    """What every `run` command does with its flags. parser: the script that prints the table of what is measured."""
+    from tunescope.measure.plan import Options, make_plan
     from tunescope.measure.sweep import is_done, run_sweep
 
+    options = Options(
+        kind=kind, points=None if points is None else " ".join(points), datasets=tuple(dataset or ()), **others
+    )
     plan = make_plan(options)
     out_dir = out if out is not None else PROJECT_ROOT / "profile_data" / PROFILE_FOLDER[options.model] / options.kind
     if dry_run:
@@ -164,6 +147,19 @@ def table_latency(
     from tunescope.report.latency import print_latency
 
     if not print_latency(folder, format, layer):
+        raise typer.Exit(UserError.EXIT_CODE)
+
+
+@table_app.command("kernels")
+def table_kernels(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="a PyTorch trace, .json or .json.gz")],
+    format: Format = "text",
+    limit: Annotated[int, typer.Option(help="kernels and operators shown; the rest is one row")] = 30,
+) -> None:
+    """Kernels, the operators that launched them, and idle time of any PyTorch trace, NVIDIA or ROCm."""
+    from tunescope.report.trace_kernels import print_kernels
+
+    if not print_kernels(trace, format, limit):
         raise typer.Exit(UserError.EXIT_CODE)
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -219,14 +218,11 @@ class LatencyPoint:
 def latency_point(found: results.PointFolder) -> Row:
     """The identity of a point; the point itself, if it is ok, under the key `point`."""
     row = identity(found)
-    row["oom_snapshot"] = found.outcome.get("oom_snapshot")
+    for name in ("oom_snapshot", "expert_probe_why_not"):
+        row[name] = found.outcome.get(name)
     check_cells(row)
     return row | ({"point": LatencyPoint(found, row)} if found.status == "ok" else {})
 
 
 def key_columns(row: Row) -> dict[str, Any]:
     return {name: row[name] for name in KEY}
-
-
-def folder_of(row: Row) -> Path:
-    return Path(row["folder"])

@@ -17,7 +17,7 @@ from tunescope.paper import latency as papers
 # What every row of points has, unreadable ones too; ok rows have LatencyPoint.summary's columns as well.
 POINT_COLUMNS = (
     *KEY, "status", "cause", "folder", "clock", "tokenizer", "moe", "attention", "compute_dtype", "torch",
-    "peak_allocated_gib", "oom_snapshot", "is_papers_model",
+    "peak_allocated_gib", "oom_snapshot", "expert_probe_why_not", "is_papers_model",
 )  # fmt: skip
 TABLES = ("phases", "layers", "operators", "memory", "memory_parts")
 

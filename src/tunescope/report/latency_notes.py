@@ -168,6 +168,8 @@ def provenance(points: pd.DataFrame) -> str:
 def _machine(ok: pd.DataFrame) -> list[str]:
     lines = []
     for row in ok.to_dict("records"):
+        if isinstance(row["expert_probe_why_not"], str):
+            lines.append(f"{row['point_id']}: tokens per expert were not counted, {row['expert_probe_why_not']}.")
         if pd.notna(row.get("profiled_over_unprofiled")) and not 0.8 < row["profiled_over_unprofiled"] < 2:
             lines.append(
                 f"{row['point_id']}: a profiled step took {number(row['profiled_over_unprofiled'])} times an "
