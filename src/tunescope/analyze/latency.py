@@ -11,16 +11,16 @@ import pyarrow as pa
 from tunescope import latency_files as files
 from tunescope import results
 from tunescope.analyze.attribution import (
-    UNATTRIBUTED,
     Attribution,
     Recording,
     attribute,
-    busy_ns,
     memory_timeline,
 )
 from tunescope.analyze.intervals import bootstrap_ratios
 from tunescope.analyze.layouts import LAYER_ITSELF, Division
+from tunescope.analyze.places import UNATTRIBUTED
 from tunescope.analyze.points import Row, check_cells, identity
+from tunescope.analyze.timelines import span_and_busy
 
 ALL_LAYERS = -1
 # Columns of a point that identify it in every table.
@@ -175,7 +175,7 @@ class LatencyPoint:
         work, num_steps = found.work, found.num_steps
         total_ns = int(work["duration_ns"].sum())
         busy = sum(
-            busy_ns(group["start_ns"].to_numpy(), group["duration_ns"].to_numpy())
+            span_and_busy(group["start_ns"].to_numpy(), (group["start_ns"] + group["duration_ns"]).to_numpy())[1]
             for _, group in work.groupby("device")
         )
         busy_step_ns = (busy if found.on_gpu else total_ns) / num_steps

@@ -57,6 +57,9 @@ class Breakdown(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._mark(files.STEP_BEGIN)
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._mark(files.STEP_BEGIN)  # the next micro-step's data come now
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         self._clock.before_optimizer()
         self._mark(files.PRE_OPTIMIZER)

@@ -28,7 +28,7 @@ def memory_parts(model: torch.nn.Module, optimizer: Any, moment: str) -> list[di
     states = getattr(inner, "state", {})
     sizes["optimizer"] = _total_bytes(value for state in states.values() for value in state.values())
     rows = [{"moment": moment, "part": part, "allocated_bytes": size} for part, size in sizes.items()]
-    if torch.cuda.is_available() and next(model.parameters()).is_cuda:
+    if any(parameter.is_cuda for parameter in model.parameters()):
         rows.append({"moment": moment, "part": "everything", "allocated_bytes": torch.cuda.memory_allocated()})
     return rows
 

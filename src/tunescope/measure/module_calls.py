@@ -89,10 +89,8 @@ class ModuleCalls:
 
     def _leave(self, module: torch.nn.Module, *_: Any) -> None:
         stack = self._stack()
-        if not any(open_module is module for _, open_module, _ in stack):
-            return  # installed in the middle of its forward
         while stack:
-            # More than one where an exception in another hook kept an inner forward from its end.
+            # More than one where what ended an inner forward was no Exception: torch calls no hook then.
             call, open_module, trace_range = stack.pop()
             trace_range.__exit__(None, None, None)
             self._rows[call]["sequence_end"] = torch._C._autograd._get_sequence_nr()

@@ -7,7 +7,8 @@ thousand of it.
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class PhaseClock:
         # step -> (module, is a layer of its own, in backward, begin, end), in the order they ended
         self._spans: dict[int, list[tuple[int, bool, bool, _Mark, _Mark]]] = defaultdict(list)
         self._open: dict[int, list[_Mark]] = defaultdict(list)
+        self._is_training = False  # the model's forward that runs or ran last was not an evaluation's
         self._timed = {}
         for layer in decoder_layers(model):
             self._timed[layer] = (module_ids[layer], True)
@@ -40,7 +42,7 @@ class PhaseClock:
 
     def install(self) -> None:
         self._handles += [
-            self._model.register_forward_pre_hook(lambda *_: self._mark("forward_begin"), prepend=True),
+            self._model.register_forward_pre_hook(self._before_forward, prepend=True),
             self._model.register_forward_hook(self._after_forward),
         ]
         for module in self._timed:
@@ -66,7 +68,7 @@ class PhaseClock:
     # --- hooks ---
 
     def _mark(self, name: str) -> None:
-        if self._step >= 0 and not in_backward():
+        if self._step >= 0:
             self._marks[self._step].append((name, self._now()))
 
     def _now(self) -> _Mark:
@@ -76,23 +78,28 @@ class PhaseClock:
         event.record()
         return event, time.perf_counter_ns()
 
+    def _before_forward(self, module: torch.nn.Module, *_: Any) -> None:
+        if not in_backward():
+            self._is_training = module.training or torch.is_grad_enabled()
+            if self._is_training:
+                self._mark("forward_begin")
+
     def _after_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if in_backward() or not self._is_training:
+            return
         self._mark("forward_end")
-        tensor = _differentiable(output)
-        if tensor is not None and self._step >= 0:
-            tensor.register_hook(self._in_backward)
+        if self._step >= 0:
+            for tensor in _differentiable(output):
+                tensor.register_hook(self._in_backward)
 
     def _in_backward(self, gradient: torch.Tensor) -> None:
         """Runs as backward starts: asks the engine to tell when it has ended."""
-        step = self._step
-
-        def end() -> None:
-            self._marks[step].append(("backward_end", self._now()))
-
-        torch.autograd.Variable._execution_engine.queue_callback(end)
+        torch.autograd.Variable._execution_engine.queue_callback(partial(self._mark, "backward_end"))
 
     def _enter(self, module: torch.nn.Module, *_: Any) -> None:
-        self._open[self._timed[module][0]].append(self._now())
+        # Not by grad mode: reentrant checkpointing runs a layer's first forward without gradients.
+        if self._step >= 0 and (self._is_training or in_backward()):
+            self._open[self._timed[module][0]].append(self._now())
 
     def _leave(self, module: torch.nn.Module, *_: Any) -> None:
         number, is_layer = self._timed[module]
@@ -181,15 +188,17 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return found
 
 
-def _differentiable(output: Any) -> torch.Tensor | None:
-    """The loss of a model's output if it has one, else the first tensor that backward can start from."""
-    loss = getattr(output, "loss", None)
+def _differentiable(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a model's output that backward can start from; only the loss where it is named."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(loss, torch.Tensor) and loss.requires_grad:
-        return loss
-    if isinstance(output, torch.Tensor):
-        return output if output.requires_grad else None
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    return next((value for value in values if isinstance(value, torch.Tensor) and value.requires_grad), None)
+        yield loss
+    elif isinstance(output, torch.Tensor):
+        if output.requires_grad:
+            yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _differentiable(value)
 
 
 def _add(total: list[int], begin: _Mark, end: _Mark) -> None:

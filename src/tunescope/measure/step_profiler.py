@@ -110,6 +110,9 @@ class StepProfiler(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._pass_on("on_step_begin", args, state, control, **kwargs)
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pass_on("on_substep_end", args, state, control, **kwargs)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._pass_on("on_pre_optimizer_step", args, state, control, **kwargs)
 
