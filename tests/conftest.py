@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import helpers_latency
 import launching
 import pytest
 
@@ -25,3 +26,21 @@ def recorded_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recorded(recorded_once: Path, tmp_path: Path) -> Path:
     """A copy of `recorded_once`, the test's own to spoil."""
     return shutil.copytree(recorded_once, tmp_path / "throughput")
+
+
+@pytest.fixture(scope="session")
+def latency_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with RANDOM_SPARSE and RANDOM_DENSE of helpers_latency, as `./mixtral_lt.sh` left it.
+
+    Few steps each. Not to be changed: see `latency`.
+    """
+    folder = tmp_path_factory.mktemp("breakdowns") / "latency"
+    done = helpers_latency.measure(folder, "random:sparse:bs=1:seq=128 random:dense:bs=1:seq=128")
+    assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture
+def latency(latency_once: Path, tmp_path: Path) -> Path:
+    """A copy of `latency_once`, the test's own to spoil."""
+    return shutil.copytree(latency_once, tmp_path / "latency")

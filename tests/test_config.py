@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunescope import config, paper
-from tunescope.config import Point, Protocol, paper_points, parse_points, points_at_depths
+from tunescope.config import LATENCY, Point, Protocol, paper_points, parse_points, points_at_depths
 from tunescope.errors import UserError
 
 points = st.builds(
@@ -57,6 +57,21 @@ def test_grid_is_in_the_order_of_the_figure() -> None:
 def test_grid_runs_real_lengths_at_full_depth() -> None:
     for point in paper_points("mixtral"):
         assert (point.seq_len_tokens, point.preset, point.num_layers, point.total_layers) == (None, "full", 32, 32)
+
+
+def test_grid_of_the_breakdowns_is_exactly_what_the_papers_launcher_ran() -> None:
+    """Sparse before dense, by batch, as Figure 4 has its bars; on random tokens of one length."""
+    launched = [
+        (int(row["top_k"]), int(row["batch_size"]), int(row["seq_len_tokens"]))
+        for row in paper.rows("experiment_grid")
+        if row["model"] == "mixtral" and row["purpose"] == "latency breakdown"
+    ]
+    grid = paper_points("mixtral", LATENCY)
+    assert [(point.top_k, point.per_device_batch_size, point.seq_len_tokens) for point in grid] == sorted(launched)
+    assert bars(grid) == [("random", 2, 1), ("random", 2, 10), ("random", 2, 32), ("random", 8, 1), ("random", 8, 10)]
+    assert {point.seq_len_tokens for point in grid} == {128}
+    assert parse_points("paper", "mixtral", LATENCY) == grid
+    assert paper_points("mixtral", LATENCY) != paper_points("mixtral")
 
 
 # --- labels and folder names ---
@@ -126,6 +141,20 @@ def test_protocol_refuses_nonsense() -> None:
     for settings in ({"num_queries": 0}, {"max_timed_s": 0.0}, {"max_timed_s": float("nan")}):
         with pytest.raises(UserError):
             Protocol(**settings)
+
+
+def test_steps_after_the_timed_ones_are_those_of_the_profiler() -> None:
+    """One to start it, those it records, one to start it again, one with memory; none for throughput."""
+    assert Protocol().num_steps_after == config.TINY_PROTOCOL.num_steps_after == 0
+    assert [Protocol(num_profiled_steps=number).num_steps_after for number in (1, 2, 5)] == [4, 5, 8]
+    assert config.LATENCY_PROTOCOL.num_steps_after == config.TINY_LATENCY_PROTOCOL.num_steps_after == 5
+
+
+def test_a_protocol_without_profiled_steps_says_nothing_of_them() -> None:
+    """Or every throughput point measured before would be another point."""
+    assert "num_profiled_steps" not in Protocol().to_json()
+    assert Protocol(**config.LATENCY_PROTOCOL.to_json()) == config.LATENCY_PROTOCOL
+    assert Protocol(**Protocol().to_json()) == Protocol()
 
 
 # --- --points ---

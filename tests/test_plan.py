@@ -9,13 +9,22 @@ from typing import Any
 import pytest
 
 from tunescope import paper
-from tunescope.config import TINY_PROTOCOL, Point, Protocol
+from tunescope.config import (
+    LATENCY,
+    LATENCY_PROTOCOL,
+    THROUGHPUT,
+    TINY_LATENCY_PROTOCOL,
+    TINY_PROTOCOL,
+    Point,
+    Protocol,
+)
 from tunescope.data import files
 from tunescope.errors import UserError
 from tunescope.gpus import Gpu, GpuInventory
 from tunescope.measure import inputs, plan
 from tunescope.measure.plan import Options, Plan, PointSpec, make_plan
 from tunescope.models.architectures import GIB, MIXTRAL_8X7B, MIXTRAL_TINY
+from tunescope.train.workload import Workload
 
 ROW = {"instruction": "w1", "input": "", "output": "w2"}
 
@@ -415,3 +424,145 @@ def test_a_batch_the_data_cannot_fill_is_refused(points: str, queries: int | Non
     datasets = (str(file),) if points.startswith("mine") else ()
     with pytest.raises(UserError, match=says):
         make_plan(Options(points=points, preset="tiny", queries=queries, datasets=datasets))
+
+
+# --- breakdowns ---
+
+FIGURE_4 = [("random", 2, 1), ("random", 2, 10), ("random", 2, 32), ("random", 8, 1), ("random", 8, 10)]
+
+
+def breakdown(**flags: Any) -> Plan:
+    return make_plan(Options(kind=LATENCY, **flags))
+
+
+def only_breakdown(**flags: Any) -> PointSpec:
+    (spec,) = breakdown(**{"points": "random:sparse:bs=1:seq=128"} | flags).specs
+    return spec
+
+
+def test_without_a_gpu_the_breakdowns_run_at_tiny() -> None:
+    made = breakdown()
+    assert bars(made) == FIGURE_4
+    for spec in made.specs:
+        assert spec.kind == LATENCY
+        assert spec.workload.point.seq_len_tokens == 128
+        assert spec.data == {"kind": "synthetic", "lengths": "fixed"}
+        assert spec.protocol == TINY_LATENCY_PROTOCOL
+        # Warm-up, timed, the profiler's start, two recorded, its second start, one with memory.
+        assert spec.workload.max_steps == 3 + 20 + 1 + 2 + 1 + 1
+        assert spec.workload.num_samples >= 4 * spec.workload.point.per_device_batch_size
+
+
+def test_a_breakdown_runs_as_deep_as_the_gpu_can_and_once(machine: Callable[..., None]) -> None:
+    machine(gpu(), gpu("NVIDIA L4", 22.0, index=1))
+    full, cut = breakdown(), breakdown(gpu=1)
+    assert bars(full) == bars(cut) == FIGURE_4
+    for spec in full.specs:
+        assert spec.protocol == LATENCY_PROTOCOL
+        assert spec.workload.max_steps == 3 + 200 + 5
+        assert spec.workload.point.num_layers == 32
+    deeper = make_plan(Options(gpu=1)).specs[0].workload.point
+    assert {spec.workload.point.num_layers for spec in cut.specs} == {deeper.num_layers}
+
+
+def test_a_length_given_by_flag_is_that_of_every_point() -> None:
+    made = breakdown(seq_len=64)
+    assert bars(made) == FIGURE_4
+    assert {spec.workload.point.seq_len_tokens for spec in made.specs} == {64}
+    assert all("-s64-" in spec.point_id for spec in made.specs)
+    points = "random:sparse:bs=1:seq=128 random:sparse:bs=1:seq=256 cs:sparse:bs=1"
+    assert bars(breakdown(seq_len=2048, points=points)) == [("random", 2, 1), ("cs", 2, 1)]
+    assert breakdown(seq_len=2048).specs[0].workload.recipe["cutoff_len"] == 2048
+    with pytest.raises(UserError, match="seq_len_tokens is 0"):
+        breakdown(seq_len=0)
+
+
+def test_a_breakdown_of_own_data_runs_the_figures_batch_sizes(tmp_path: Path) -> None:
+    made = breakdown(datasets=(str(data_file(tmp_path, "mine.json", 64)),))
+    assert bars(made) == [("mine", k, b) for _, k, b in FIGURE_4]
+    assert {spec.workload.point.seq_len_tokens for spec in made.specs} == {None}
+    with pytest.raises(UserError, match="no point trains on"):
+        only_breakdown(datasets=(str(data_file(tmp_path, "mine.json")),))
+
+
+def test_a_length_beside_own_data_is_not_ignored(tmp_path: Path) -> None:
+    try:
+        made = breakdown(seq_len=64, datasets=(str(data_file(tmp_path, "mine.json", 64)),))
+    except UserError:
+        return
+    assert {spec.workload.point.seq_len_tokens for spec in made.specs} == {64}
+
+
+def test_files_of_the_papers_data_sets_are_probes_of_every_breakdown(tmp_path: Path) -> None:
+    """Even where no point trains on them; their content is part of what a point is, their place is not."""
+    here, there = (data_file(tmp_path / folder, "a.json") for folder in ("here", "there"))
+    other = data_file(tmp_path / "other", "a.json", rows=9)
+    bare = only_breakdown()
+    assert (bare.probe_files, bare.probes) == ({}, {})
+    given = [only_breakdown(datasets=(f"cs={file}",)) for file in (here, there, other)]
+    assert given[0].probe_files == {"cs": here}
+    assert given[0].probes == {"cs": {"kind": "file", "name": "a.json", "sha256": files.sha256_hex(here)}}
+    assert bars(breakdown(datasets=(f"cs={here}",))) == FIGURE_4
+    hashes = [recipe_hash(spec) for spec in (bare, *given)]
+    assert hashes[1] == hashes[2]
+    assert len(set(hashes)) == 3
+    with pytest.raises(UserError, match="no point trains on"):
+        only_spec(points="math:sparse:bs=1", datasets=(f"cs={here}",))
+
+
+def test_the_studys_files_are_probes_where_they_lie() -> None:
+    file = data_file(plan.recipes.recipe_folder() / "data", files.REAL_FILES["math"])
+    spec = only_breakdown()
+    assert spec.probe_files == {"math": file}
+    assert spec.data["kind"] == "synthetic"
+
+
+def test_a_breakdown_is_another_point_than_the_throughput_of_its_bar() -> None:
+    bar = "random:sparse:bs=1:seq=128"
+    throughput, latency = only_spec(points=bar), only_breakdown(points=bar)
+    assert throughput.workload.point == latency.workload.point
+    assert recipe_hash(throughput) != recipe_hash(latency)
+    for spec in (throughput, latency):
+        content = spec.point_json()
+        is_breakdown = spec.kind == LATENCY
+        assert content["kind"] == spec.kind
+        assert ("probes" in content) == ("num_profiled_steps" in content["protocol"]) == is_breakdown
+
+
+def test_throughput_measured_before_there_were_breakdowns_is_still_the_same_point() -> None:
+    """The hash that commit be1417a gave to this point."""
+    workload = Workload(
+        point=Point(model="mixtral", dataset="cs", top_k=2, per_device_batch_size=1),
+        recipe={"lora_rank": 16},
+        model_config={"hidden_size": 4096},
+        model_dir=None,
+        data_entry=None,
+        num_samples=1000,
+        max_steps=1003,
+        use_cpu=False,
+    )
+    spec = PointSpec(
+        point_id="cs-k2-b1-full-nvidia-a40",
+        kind=THROUGHPUT,
+        workload=workload,
+        protocol=Protocol(),
+        weights={"kind": "random"},
+        data={"kind": "synthetic"},
+        device="NVIDIA A40",
+        memory_budget_bytes=None,
+        stack={"torch": "2.11.0"},
+        speed_settings={},
+        revision=None,
+        probe_files={},
+        probes={},
+    )
+    assert recipe_hash(spec) == "efb33621be5d2b1f"
+
+
+def test_queries_of_a_breakdown_are_one_epoch() -> None:
+    spec = only_breakdown(queries=12)
+    assert (spec.workload.num_samples, spec.workload.max_steps) == (12, None)
+    assert not spec.protocol.longest_batch_first
+    assert spec.protocol.num_profiled_steps == 2
+    with pytest.raises(UserError, match="one step"):
+        breakdown(queries=32)  # of the figure's batch of 32

@@ -41,6 +41,11 @@ GPU_KINDS = (KERNEL, MEMCPY, MEMSET)
 KINDS = (OP, CALL, NODE, PARAMETER, MARK, ANNOTATION, LAUNCH, *GPU_KINDS, MEMORY)
 
 
+# What is counted of memory, and what the allocator says, which only a GPU has.
+PARTS = ("frozen_weights", "trained_weights", "gradients", "buffers", "optimizer")
+EVERYTHING = "everything"
+
+
 def _schema(**columns: pa.DataType) -> pa.Schema:
     return pa.schema([pa.field(name, dtype, nullable=False) for name, dtype in columns.items()])
 

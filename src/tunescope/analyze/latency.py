@@ -26,7 +26,7 @@ ALL_LAYERS = -1
 # Columns of a point that identify it in every table.
 KEY = (
     "model", "dataset", "sparsity", "top_k", "per_device_batch_size", "seq_len_tokens", "preset", "num_layers",
-    "total_layers", "weights", "data", "device", "point_id",
+    "total_layers", "weights", "data", "device", "folder", "point_id",
 )  # fmt: skip
 
 
@@ -59,9 +59,12 @@ class LatencyPoint:
     def read(self, name: str, schema: pa.Schema) -> pd.DataFrame:
         return results.read_arrow(self.found.path / name, schema).to_pandas()
 
-    def _recording(self, events: str) -> Recording:
+    def _recording(self, name: str) -> Recording:
+        events = self.read(name, files.EVENTS_SCHEMA)
+        if (events["duration_ns"] < 0).any():
+            raise results.PointFormatError(f"{self.found.path / name} holds an event of negative time")
         return Recording(
-            events=self.read(events, files.EVENTS_SCHEMA),
+            events=events,
             calls=self.read(files.CALLS_FILE, files.CALLS_SCHEMA),
             modules=self.read(files.MODULES_FILE, files.MODULES_SCHEMA),
         )
@@ -70,7 +73,12 @@ class LatencyPoint:
     def timed_step_ns(self) -> np.ndarray:
         assert self.found.steps is not None
         steps = self.found.steps.to_pandas()
-        return steps.loc[~steps["is_warmup"], "duration_ns"].to_numpy()
+        timed_ns = steps.loc[~steps["is_warmup"], "duration_ns"].to_numpy()
+        if not len(timed_ns) or timed_ns.min() <= 0:
+            raise results.PointFormatError(
+                f"{self.found.path / results.STEPS_FILE} holds no timed step, or one of no time"
+            )
+        return timed_ns
 
     # --- tables; times are of one step ---
 
@@ -80,6 +88,9 @@ class LatencyPoint:
         Recompute lies inside backward; the others add up to the step.
         """
         phases = self.read(files.PHASES_FILE, files.PHASES_SCHEMA)
+        # What is left over, `rest`, may come out a rounding below zero.
+        if (phases.loc[phases["phase"] != files.REST, "duration_ns"] < 0).any():
+            raise results.PointFormatError(f"{self.found.path / files.PHASES_FILE} holds a phase of negative time")
         step_s = self.timed_step_ns.mean() / 1e9
         rows = []
         for phase in files.PHASES:
@@ -144,6 +155,8 @@ class LatencyPoint:
         the step began, and blocks that were freed without having been seen are missing.
         """
         changes = memory_timeline(self._recording(files.MEMORY_EVENTS_FILE))
+        if changes.empty:
+            raise results.PointFormatError(f"{self.found.path / files.MEMORY_EVENTS_FILE} holds no change of memory")
         on_gpu = (changes["device"] >= 0).any()
         changes = changes[(changes["device"] >= 0) == on_gpu].reset_index(drop=True)
         allocated = changes["allocated_bytes"].cumsum() + self._base_bytes(changes)
@@ -155,7 +168,7 @@ class LatencyPoint:
 
     def _base_bytes(self, changes: pd.DataFrame) -> int:
         parts = self.memory_parts()
-        everything = parts.loc[parts["part"] == "everything", "allocated_bytes"]
+        everything = parts.loc[parts["part"] == files.EVERYTHING, "allocated_bytes"]
         if everything.empty:
             return 0
         events = self.read(files.MEMORY_EVENTS_FILE, files.EVENTS_SCHEMA)
@@ -165,7 +178,12 @@ class LatencyPoint:
 
     def memory_parts(self) -> pd.DataFrame:
         """part, allocated_bytes just before the optimizer."""
-        return self.read(files.MEMORY_PARTS_FILE, files.MEMORY_PARTS_SCHEMA)
+        parts = self.read(files.MEMORY_PARTS_FILE, files.MEMORY_PARTS_SCHEMA)
+        if sorted(set(parts["part"]) - {files.EVERYTHING}) != sorted(files.PARTS) or parts["part"].duplicated().any():
+            raise results.PointFormatError(
+                f"{self.found.path / files.MEMORY_PARTS_FILE} has parts {list(parts['part'])}"
+            )
+        return parts
 
     # --- one row of facts ---
 
@@ -221,6 +239,12 @@ def latency_point(found: results.PointFolder) -> Row:
     for name in ("oom_snapshot", "expert_probe_why_not"):
         row[name] = found.outcome.get(name)
     check_cells(row)
+    for name in ("model", "dataset", "sparsity", "preset", "device", "point_id"):
+        if not isinstance(row[name], str):
+            raise TypeError(f"{name} is {row[name]}")
+    for name in ("per_device_batch_size", "num_layers"):
+        if type(row[name]) is not int:
+            raise TypeError(f"{name} is {row[name]}")
     return row | ({"point": LatencyPoint(found, row)} if found.status == "ok" else {})
 
 

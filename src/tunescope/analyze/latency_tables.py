@@ -8,6 +8,7 @@ import pandas as pd
 
 from tunescope import expert_tokens as expert_files
 from tunescope import results
+from tunescope.analyze.experts import ALL_LAYERS as EVERY_LAYER
 from tunescope.analyze.experts import ExpertPoint, expert_tokens
 from tunescope.analyze.latency import KEY, LatencyPoint, key_columns, latency_point
 from tunescope.analyze.points import ATTACHED, UNREADABLE, Row, point_folders, read_row
@@ -16,10 +17,10 @@ from tunescope.paper import latency as papers
 
 # What every row of points has, unreadable ones too; ok rows have LatencyPoint.summary's columns as well.
 POINT_COLUMNS = (
-    *KEY, "status", "cause", "folder", "clock", "tokenizer", "moe", "attention", "compute_dtype", "torch",
+    *KEY, "status", "cause", "clock", "tokenizer", "moe", "attention", "compute_dtype", "torch",
     "peak_allocated_gib", "oom_snapshot", "expert_probe_why_not", "is_papers_model",
 )  # fmt: skip
-TABLES = ("phases", "layers", "operators", "memory", "memory_parts")
+TABLES = ("phases", "layers", "operators", "memory", "memory_parts", "expert_loads")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class LatencyTables:
     operators: pd.DataFrame
     memory: pd.DataFrame
     memory_parts: pd.DataFrame
+    expert_loads: pd.DataFrame
     experts: list[ExpertPoint]
 
 
@@ -57,7 +59,7 @@ def latency_tables(folder: Path) -> LatencyTables:
         if expert_point := row.pop("experts", None):
             experts.append(expert_point)
     rows.sort(key=_order)
-    places = {row["point_id"]: place for place, row in enumerate(rows)}
+    places = {row["folder"]: place for place, row in enumerate(rows)}
     experts.sort(key=lambda point: point.label)
     columns = dict.fromkeys([*POINT_COLUMNS, *(name for row in rows for name in row)])
     return LatencyTables(
@@ -83,9 +85,13 @@ def _tables_of_point(found: results.PointFolder) -> Row:
         "memory": point.memory(),
         "memory_parts": point.memory_parts(),
     }
+    experts = _experts(found, row)
+    if experts is not None:
+        loads = experts.loads[experts.loads["layer"] != EVERY_LAYER]
+        tables["expert_loads"] = loads.drop(columns=[name for name in KEY if name in loads])
     for name, frame in tables.items():
         tables[name] = pd.concat([pd.DataFrame([key_columns(row)] * len(frame), index=frame.index), frame], axis=1)
-    return row | {"tables": tables, "experts": _experts(found, row)}
+    return row | {"tables": tables, "experts": experts}
 
 
 def _experts(found: results.PointFolder, row: Row) -> ExpertPoint | None:
@@ -113,10 +119,10 @@ def _beside(frame: pd.DataFrame, column: str, name: str, values: dict[str, float
 def _order(row: Row) -> tuple[Any, ...]:
     """By machine, preset and model; sparse before dense, then by length and batch, as Figure 4 has its bars."""
     if row["status"] == UNREADABLE:
-        return (1, row["point_id"])
+        return (1, row["folder"])
     return (
         0, row["model"], row["device"], row["preset"], row["dataset"], row["top_k"] or 0, row["seq_len_tokens"] or 0,
-        row["per_device_batch_size"], row["point_id"],
+        row["per_device_batch_size"], row["folder"],
     )  # fmt: skip
 
 
@@ -124,7 +130,7 @@ def _joined(frames: list[pd.DataFrame], places: dict[str, int]) -> pd.DataFrame:
     if not frames:
         return pd.DataFrame(columns=list(KEY))
     table = pd.concat(frames, ignore_index=True)
-    return table.iloc[table["point_id"].map(places).argsort(kind="stable")].reset_index(drop=True)
+    return table.iloc[table["folder"].map(places).argsort(kind="stable")].reset_index(drop=True)
 
 
 def summed_over_layers(layers: pd.DataFrame, layer: int | None = None) -> pd.DataFrame:
@@ -152,5 +158,12 @@ def tidy(tables: LatencyTables) -> pd.DataFrame:
             table="memory_parts"
         )
         made.append(parts)
+    loads = tables.expert_loads
+    if not loads.empty:
+        shown = loads.assign(item=[f"expert {number}" for number in loads["expert"]])
+        shown["moment"] = [f"{probe} {when}" for probe, when in zip(loads["probe"], loads["when"], strict=True)]
+        ids = [*KEY, "layer", "item", "moment"]
+        shown = shown[[*ids, "tokens", "tokens_per_query"]].melt(ids, var_name="quantity", value_name="value")
+        made.append(shown.assign(table="expert_loads"))
     columns = [*KEY, "table", "layer", "item", "phase", "moment", "quantity", "value"]
     return pd.concat(made, ignore_index=True).reindex(columns=columns) if made else pd.DataFrame(columns=columns)

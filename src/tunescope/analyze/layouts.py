@@ -16,8 +16,8 @@ import pandas as pd
 EMBEDDING, FINAL_NORM, HEAD, OUTSIDE_LAYERS = "embedding", "final_norm", "lm_head + loss", "rest of the model"
 LAYER_ITSELF = "layer itself"  # residual additions
 
-MATMUL = r"\|aten::(mm|addmm|bmm|baddbmm|matmul|linear|mv|addmv|_scaled_mm|_grouped_mm)\|"
-_COPY = r"\|aten::(copy_|_to_copy|to|clone|contiguous)\||\|[^|]*[Mm]emcpy[^|]*$"
+MATMUL = r"\|aten::(mm|addmm|bmm|baddbmm|matmul|linear|mv|addmv|_scaled_mm|_grouped_mm)\|[^|]*$"
+_COPY = r"\|aten::(copy_|_to_copy|to|clone|contiguous)\|[^|]*$|\|[^|]*[Mm]emcpy[^|]*$"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ _DEQUANT = r"\|bitsandbytes::dequantize_4bit\||kDequantizeBlockwise<[^|]*\D[12]>
 # The scales of NF4 are themselves quantised: decoded, and shifted by their mean, before each use.
 _SCALES = (
     r"\|bitsandbytes::dequantize_blockwise\||kDequantizeBlockwise<[^|]*\D0>"
-    r"|(MatMul4BitBackward\|[^|]*|MatMul4Bit|bitsandbytes::\w+)\|aten::add_?\|"
+    r"|(MatMul4BitBackward\|[^|]*|MatMul4Bit|bitsandbytes::\w+)\|aten::add_?\|(?![^|]*(BFloat16|Half))[^|]*$"
 )
 # For few tokens bitsandbytes has kernels that decode while they multiply.
 _FUSED = r"\|[^|:]*gemm_4bit[^|:]*$"
@@ -80,7 +80,8 @@ MIXTRAL = Layout(
         OpRule("matmul(router) decoding", _ROUTER, _FUSED),
         OpRule("matmul(router)", _ROUTER, MATMUL),
         OpRule("matmul(lora)", r"\.lora_[AB]\b", MATMUL),
-        OpRule("gradient accumulation", "", r"AccumulateGrad\|"),
+        # Of a parameter by its own node, of activations by autograd as it passes them on.
+        OpRule("gradient accumulation", "", r"AccumulateGrad\||^\w+Backward\w*\|aten::add_?\|aten::add_?\|"),
         OpRule("activation", r"\.act_fn$"),
         OpRule("softmax", r"^\.block_sparse_moe$", r"[sS]oftmax"),
         OpRule("topk", r"^\.block_sparse_moe$", r"topk|Topk"),
@@ -125,7 +126,7 @@ class Division:
         """modules: latency_files.MODULES_SCHEMA."""
         classes = dict(zip(modules["path"], modules["class_name"], strict=True))
         self.layout = next((known for known in LAYOUTS if known.block_class in classes.values()), None)
-        self._stacks = _stacks(classes)
+        self._stacks = _stacks(classes, self.layout)
         self._embeddings = {path for path, class_name in classes.items() if "Embedding" in class_name}
         self._root = str(modules["path"].iloc[0] or modules["class_name"].iloc[0]) if len(modules) else ""
         self._classes = classes
@@ -139,7 +140,8 @@ class Division:
         for stack in self._stacks:
             if match := re.match(rf"{re.escape(stack)}\.(\d+)(\..*)?$", module):
                 below = match[2] or ""
-                return int(match[1]), self._part(below), below
+                part = self._part(below)
+                return int(match[1]), part if len(self._stacks) == 1 else f"{stack}: {part}", below
         return -1, self._outside_part(module), ""
 
     def _part(self, below: str) -> str:
@@ -175,8 +177,14 @@ class Division:
         return "other"
 
 
-def _stacks(classes: dict[str, str]) -> list[str]:
-    """Paths of the outermost lists of two or more modules of one class: a model's decoder layers."""
+def _stacks(classes: dict[str, str], layout: Layout | None) -> list[str]:
+    """Paths of the lists of decoder layers: those that hold the layout's block, or the outermost lists of two or more
+    modules of one class."""
+    if layout is not None:
+        blocks = [path for path, class_name in classes.items() if class_name == layout.block_class]
+        holders = [match[1] for path in blocks if (match := re.fullmatch(r"(.+)\.\d+\.\w+", path))]
+        if holders:
+            return list(dict.fromkeys(holders))
     stacks: list[str] = []
     for path, class_name in classes.items():
         if class_name != "ModuleList" or any(path.startswith(f"{outer}.") for outer in stacks):

@@ -48,6 +48,7 @@ _BETWEEN = {
 # Clipping begins with the norms of gradients; the Trainer looks for NaN before.
 _NORMS = {"aten::_foreach_norm", "aten::linalg_vector_norm", "aten::norm", "aten::frobenius_norm"}
 _CHECKPOINT = "CheckpointFunctionBackward"
+_MOST_NUMBERS = 50_000_000  # of autograd, in a recording; a step of Mixtral-8x7B uses 0.05 million
 _PHASES = [*files.PHASES, UNATTRIBUTED]
 _NO_MODULE = [
     OUTSIDE, ENGINE, DATA, LOSS, CHECK, CLIPPING, STEPPING, AFTER, ZEROING, BETWEEN_STEPS, OTHER_THREAD, UNATTRIBUTED,
@@ -231,6 +232,8 @@ class Places:
         for thread in np.unique(self._threads[self._calls]):
             numbers = self._refs[self._calls[self._threads[self._calls] == thread]]
             lowest, end = self._call_sequences[numbers, 0].min(), self._call_sequences[numbers, 1].max()
+            if end - lowest > _MOST_NUMBERS:
+                raise ValueError(f"calls of thread {thread} claim {end - lowest} sequence numbers")
             owners = np.full(max(end - lowest, 0), -1)
             # In order of their start: what an inner forward used up is written over the outer one's claim.
             for number, (begin, end) in zip(

@@ -61,6 +61,8 @@ def check_cells(row: Row, apart: tuple[str, ...] = ()) -> Row:
         is_number = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
         if not (value is None or isinstance(value, str) or is_number or name in apart):
             raise TypeError(f"{name} is {str(value)[:80]}")
+        if isinstance(value, str):
+            value.encode()  # half a character would end the printing of the whole table
     return row
 
 

@@ -41,6 +41,7 @@ class Breakdown(TrainerCallback):
         self.is_done = False
         self._trace_file = trace_file
         self._ends_training = ends_training
+        self._installed: list[PhaseClock | ModuleCalls] = []
         self._traces: list[Trace] = []
         self._memory_rows: list[dict[str, Any]] = []
 
@@ -51,6 +52,7 @@ class Breakdown(TrainerCallback):
         self._model = model
         self._calls = ModuleCalls(model)
         self._clock = PhaseClock(model, self._calls.module_ids, on_gpu=self._on_gpu)
+        self._installed = [self._clock, self._calls]
         self._clock.install()
         self._begin_timed_step()
 
@@ -101,8 +103,8 @@ class Breakdown(TrainerCallback):
 
     def abandon(self) -> None:
         """Takes every hook off the model and ends a recording under way; what is recorded in full stays."""
-        self._clock.remove()
-        self._calls.remove()
+        for installed in self._installed:
+            installed.remove()
         for trace in self._traces:
             trace.stop()
 

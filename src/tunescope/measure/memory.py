@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from tunescope import latency_files as files
 from tunescope.measure.module_calls import held_bytes
 
 # Of the allocator's history; with Python stacks some 30 MB at most.
@@ -19,7 +20,7 @@ def memory_parts(model: torch.nn.Module, optimizer: Any, moment: str) -> list[di
     `everything` is what the allocator says, so what the parts leave of it is activations and what libraries keep; it is
     missing without a GPU.
     """
-    sizes = {"frozen_weights": 0, "trained_weights": 0, "gradients": 0, "buffers": 0, "optimizer": 0}
+    sizes = dict.fromkeys(files.PARTS, 0)
     for parameter in model.parameters():  # a tied one is met once
         sizes["trained_weights" if parameter.requires_grad else "frozen_weights"] += held_bytes(parameter)
     sizes["gradients"] = _total_bytes(p.grad for p in model.parameters() if p.grad is not None)
@@ -29,7 +30,7 @@ def memory_parts(model: torch.nn.Module, optimizer: Any, moment: str) -> list[di
     sizes["optimizer"] = _total_bytes(value for state in states.values() for value in state.values())
     rows = [{"moment": moment, "part": part, "allocated_bytes": size} for part, size in sizes.items()]
     if any(parameter.is_cuda for parameter in model.parameters()):
-        rows.append({"moment": moment, "part": "everything", "allocated_bytes": torch.cuda.memory_allocated()})
+        rows.append({"moment": moment, "part": files.EVERYTHING, "allocated_bytes": torch.cuda.memory_allocated()})
     return rows
 
 
@@ -57,7 +58,11 @@ class OutOfMemorySnapshot(TrainerCallback):
         self._is_recording = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._is_recording and state.global_step >= self.num_steps:
+        if state.global_step >= self.num_steps:
+            self.abandon()
+
+    def abandon(self) -> None:
+        if self._is_recording:
             torch.cuda.memory._record_memory_history(enabled=None)
             self._is_recording = False
 

@@ -145,6 +145,11 @@ def make_plan(options: Options) -> Plan:
     points = _points(options)
     gpu = choose_gpu(options.gpu)
     given = inputs.given_files(options.datasets)
+    if options.seq_len is not None and (own := given.keys() - set(config.PAPER_DATASETS)):
+        raise UserError(
+            f"--seq-len makes queries of random tokens, and {', '.join(sorted(own))} has its own",
+            cure="drop --seq-len, or drop --dataset",
+        )
     if options.points is None:
         points = inputs.points_for_files(points, given)
     used = {point.dataset for point in points}

@@ -1,6 +1,9 @@
 """Breaks down the steps of anybody's Hugging Face Trainer."""
 
 import logging
+import math
+import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,10 @@ _ARGUMENTS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "bf16", "fp16", "max_grad_norm", "logging_nan_inf_filter", "torch_compile",
 )  # fmt: skip
+
+
+# Whoever measures, or did when training ended in an exception, which nobody tells a callback.
+_measuring: "weakref.WeakSet[StepProfiler]" = weakref.WeakSet()
 
 
 class StepProfiler(TrainerCallback):
@@ -53,15 +60,21 @@ class StepProfiler(TrainerCallback):
         trace: bool = True,
         stop_after: bool = False,
     ) -> None:
-        for what, value, least in (
-            ("num_warmup_steps", num_warmup_steps, 1),
-            ("num_timed_steps", num_timed_steps, 1),
-            ("num_profiled_steps", num_profiled_steps, 1),
+        for what, value in (
+            ("num_warmup_steps", num_warmup_steps),
+            ("num_timed_steps", num_timed_steps),
+            ("num_profiled_steps", num_profiled_steps),
         ):
-            if value < least:
-                raise UserError(f"{what} is {value}; it must be at least {least}")
-        if not name or "/" in name or name.startswith(".") or name.endswith(results.UNFINISHED_SUFFIX):
-            raise UserError(f"name {name!r} cannot be a folder's name")
+            if type(value) is not int or value < 1:
+                raise UserError(f"{what} is {value!r}; it must be a whole number from 1")
+        if (
+            not name
+            or {"/", "\0"} & set(name)
+            or name.startswith(".")
+            or name.endswith(results.UNFINISHED_SUFFIX)
+            or name == results.SUPERSEDED_FOLDER
+        ):
+            raise UserError(f"name {name!r} cannot be that of a run", cure="use a plain folder name")
         self.folder = Path(folder)
         self.name = name
         self.why_not: str | None = None
@@ -75,6 +88,15 @@ class StepProfiler(TrainerCallback):
         self._stop_after = stop_after
         self._parts: list[Any] = []
         self._is_written = False
+        self._work_dir = self.folder / (name + results.UNFINISHED_SUFFIX)
+        self._has_begun = False
+
+    def detach(self) -> None:
+        """Takes everything off the model and ends what was being recorded. Training's end does it, or the next
+        StepProfiler; after an exception it is for you to do."""
+        parts, self._parts = self._parts, []
+        for part in parts:
+            part.abandon()
 
     @property
     def is_done(self) -> bool:
@@ -86,12 +108,18 @@ class StepProfiler(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.process_index != 0:
             return
+        for last in _measuring:
+            last.detach()
+        _measuring.clear()
+        _measuring.add(self)
+        self.why_not = None
         needed = self._protocol.num_warmup_steps + self._protocol.max_timed_steps + self._protocol.num_steps_after
         if state.max_steps < needed:
             self._give_up(f"training has {state.max_steps} steps, and {needed} are needed")
             return
         try:
             self._work_dir = results.start_unfinished(self.folder, self.name)
+            self._has_begun = True
             use_gpu = args.device.type == "cuda"
             results.write_json(self._work_dir / results.POINT_FILE, self._point_json(args, model))
             facts = environment(use_gpu=use_gpu, revision=git_revision())
@@ -126,7 +154,6 @@ class StepProfiler(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._parts:
-            self._pass_on("on_train_end", args, state, control, **kwargs)
             self._give_up("training ended before all steps were recorded")
 
     # --- inside ---
@@ -186,13 +213,16 @@ class StepProfiler(TrainerCallback):
 
     def _give_up(self, reason: str) -> None:
         """Lets training go on without being measured, and says why there are no results."""
-        parts, self._parts = self._parts, []
         self.why_not = self.why_not or reason
-        for part in parts:
-            if isinstance(part, Breakdown):
-                part.abandon()
+        self.detach()
+        if self._has_begun:
+            shutil.rmtree(self._work_dir, ignore_errors=True)
         logger.warning("tunescope measured nothing: %s", reason)
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float | str) or value is None else str(value)
+    """As JSON has it; of what it has not, infinity among it, the text."""
+    is_plain = (
+        value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+    )
+    return value if is_plain else str(value)

@@ -93,6 +93,11 @@ class StepRecorder(TrainerCallback):
         if not self.is_finished:
             self._finish()
 
+    def abandon(self) -> None:
+        """Takes the hook off the model where training ended in a way that no event tells."""
+        if hasattr(self, "_hook"):
+            self._hook.remove()
+
     # --- inside ---
 
     def _finish(self) -> None:
@@ -121,10 +126,17 @@ class StepRecorder(TrainerCallback):
         self._reopened[done] = self._mark()
 
     def _count_batch(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        if not (module.training or torch.is_grad_enabled()):
+            return  # an evaluation between two steps
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim())
+        ids = kwargs.get("input_ids")
+        ids = next(tensors, None) if ids is None else ids
+        if ids is None:
+            return
+        mask = kwargs.get("attention_mask")
         # A sum on the GPU is queued like any kernel; its value is read after the run.
         tokens = ids.numel() if mask is None or mask.dim() != 2 else mask.sum()
-        self._micro_batches[-1].append((ids.shape[0], ids.shape[1], tokens))
+        self._micro_batches[-1].append((ids.shape[0], ids.shape[1] if ids.dim() > 1 else 1, tokens))
 
     def _is_enough(self, done: int) -> bool:
         timed = done - self.num_warmup_steps

@@ -24,6 +24,9 @@ _CALL = re.compile(rf"{re.escape(files.CALL_PREFIX)}.* #(\d+)", re.DOTALL)
 _OVERHEAD = {"Activity Buffer Request", "Instrumentation", "Resource", "Command Buffer Full", "Lazy Function Loading"}
 
 
+_running: "list[Trace]" = []
+
+
 class Trace:
     """One recording: some steps to get the profiler going, then `num_steps` recorded ones.
 
@@ -45,10 +48,16 @@ class Trace:
         self._refs: Mapping[str, int] = {}
 
     def start(self) -> None:
+        """Raises RuntimeError where somebody else's profiler runs: torch has only one, and ours would end it."""
+        for left_running in list(_running):  # by a training that ended in an exception
+            left_running.stop()
+        if torch.autograd._profiler_enabled():
+            raise RuntimeError("another profiler is running")
         self._wait()
         with warnings.catch_warnings():  # that a second cycle would forget the first: there is one
             warnings.simplefilter("ignore", UserWarning)
             self._profiler.start()
+        _running.append(self)
 
     def step(self, parameter_modules: Mapping[str, int]) -> None:
         """parameter_modules: full name of a parameter -> id of its module, to resolve marks of gradients."""
@@ -59,8 +68,8 @@ class Trace:
 
     def stop(self) -> None:
         """Ends a recording that training left early, without a result."""
-        if not self.is_done:
-            self._json_file = None
+        if self in _running:  # stopped twice, torch's profiler ends the process
+            _running.remove(self)
             self._profiler.stop()
 
     def _wait(self) -> None:
@@ -68,6 +77,9 @@ class Trace:
             torch.cuda.synchronize()
 
     def _keep(self, profiler: Any) -> None:
+        if self not in _running:
+            return  # it was ended early
+        _running.remove(self)
         self.table = event_table(profiler.profiler.kineto_results.events(), self._refs)
         if self._json_file is not None:
             plain = self._json_file.with_suffix("")

@@ -34,6 +34,8 @@ def print_latency(folder: Path, format: str, layer: int | None) -> bool:
     tables = latency_tables(folder)
     if layer is not None:
         deepest = int(tables.layers["layer"].max()) if not tables.layers.empty else -1
+        if deepest < 0:
+            raise UserError(f"--layer {layer}: no point in {folder} has decoder layers to show")
         if not 0 <= layer <= deepest:
             raise UserError(f"--layer {layer}: the points in {folder} have layers 0 to {deepest}")
     if format == "csv":
@@ -62,16 +64,17 @@ def latency_text(tables: LatencyTables, layer: int | None = None, *, num_unfinis
     ok = points[points["status"] == "ok"]
     blocks: list[str] = []
     for (device, preset), group in ok.groupby(["device", "preset"], sort=False):
-        where = f"{', '.join(sorted(set(group['model'])))} on {device}, preset {preset}"
+        machine = f"on {device}, preset {preset}"
+        where = f"{', '.join(sorted(set(group['model'])))} {machine}"
         blocks.append(f"Figure 4: phases of a step (s), {where}\n\n{_phases_table(tables, group)}")
         blocks.append(latency_notes.phases(group))
         for row in _records(group):
-            title = f"Figure 5: {_scope(row, layer)} (ms a step), {_label(row)}"
+            title = f"Figure 5: {_scope(row, layer)} (ms a step), {_label(row)} {machine}"
             blocks.append(f"{title}\n\n{_layers_table(tables, row, layer)}")
         blocks.append(latency_notes.layers(tables, group))
         for row in _records(group):
             what = f"Figure 6 from the profiler: operators of {row['op_part']}, {_scope(row, layer)}"
-            blocks.append(f"{what}, {_label(row)}\n\n{_operators_table(tables, row, layer)}")
+            blocks.append(f"{what}, {_label(row)} {machine}\n\n{_operators_table(tables, row, layer)}")
         blocks.append(latency_notes.operators(group))
         blocks.append(f"Memory (GiB), {where}\n\n{_memory_table(tables, group)}")
         blocks.append(latency_notes.memory(group))
@@ -103,7 +106,7 @@ def _phases_table(tables: LatencyTables, group: pd.DataFrame) -> str:
         header += ["A40 paper: forward", "backward", "optimizer", "optimizer %"]
     rows = []
     for row in _records(group):
-        phases = tables.phases[tables.phases["point_id"] == row["point_id"]].set_index("phase")
+        phases = tables.phases[tables.phases["folder"] == row["folder"]].set_index("phase")
         shares = 100 * phases["share_frac"]
         cells = [*_bar(row), number(row["step_s"])]
         for phase in (files.FORWARD, files.BACKWARD, files.RECOMPUTE, files.CLIP, files.OPTIMIZER_STEP, files.REST):
@@ -127,7 +130,7 @@ def _with_interval(phase: pd.Series) -> str:
 
 
 def _layers_table(tables: LatencyTables, row: dict[str, Any], layer: int | None) -> str:
-    of_point = tables.layers[tables.layers["point_id"] == row["point_id"]]
+    of_point = tables.layers[tables.layers["folder"] == row["folder"]]
     cells = summed_over_layers(of_point, layer)
     busy_ms = cells.pivot(index="part", columns="phase", values="busy_ns") / 1e6
     span_ms = cells.pivot(index="part", columns="phase", values="span_ns") / 1e6
@@ -173,7 +176,7 @@ def _part_order(part: str) -> tuple[int, str]:
 
 
 def _operators_table(tables: LatencyTables, row: dict[str, Any], layer: int | None) -> str:
-    cells = tables.operators[tables.operators["point_id"] == row["point_id"]]
+    cells = tables.operators[tables.operators["folder"] == row["folder"]]
     if layer is not None:
         cells = cells[cells["layer"] == layer]
     sums = cells.groupby(["label", "phase"])[["busy_ns", "num_launches"]].sum()
@@ -212,14 +215,14 @@ def _memory_table(tables: LatencyTables, group: pd.DataFrame) -> str:
     header += ["activations", "peak of all", "in phase", "in part", "in layer"]
     rows = []
     for row in _records(group):
-        memory = tables.memory[tables.memory["point_id"] == row["point_id"]]
-        held = tables.memory_parts[tables.memory_parts["point_id"] == row["point_id"]].set_index("part")
+        memory = tables.memory[tables.memory["folder"] == row["folder"]]
+        held = tables.memory_parts[tables.memory_parts["folder"] == row["folder"]].set_index("part")
         held_gib = held["allocated_bytes"] / GIB
         phases = memory.groupby("phase", sort=False).agg({"peak_bytes": "max", "end_bytes": "last"}) / GIB
         peaks_gib = phases["peak_bytes"]
         # Without a GPU only growth is known, and what a step begins with is not in it.
         base_gib = 0.0
-        if "everything" in held_gib.index:
+        if files.EVERYTHING in held_gib.index:
             base_gib = sum(held_gib[part] for part in ("frozen_weights", "trained_weights", "optimizer", "buffers"))
         highest = memory.loc[memory["peak_bytes"].idxmax()]
         made = [*_bar(row), *(number(held_gib[part]) for part in held_parts)]

@@ -67,7 +67,7 @@ def _takeaways(tables: LatencyTables, group: pd.DataFrame) -> list[str]:
     ]  # fmt: skip
     shares = []
     for row in rows:
-        of_point = tables.phases[tables.phases["point_id"] == row["point_id"]].set_index("phase")
+        of_point = tables.phases[tables.phases["folder"] == row["folder"]].set_index("phase")
         theirs = papers.phase_s(row["model"], row["top_k"], row["per_device_batch_size"], row["seq_len_tokens"])
         ours_pct = 100 * of_point["share_frac"]["optimizer"]
         theirs_pct = 100 * theirs["optimizer"] / sum(theirs.values()) if theirs else float("nan")
