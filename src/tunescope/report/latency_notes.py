@@ -7,7 +7,7 @@ import pandas as pd
 
 from tunescope import paper
 from tunescope.analyze.latency_tables import LatencyTables
-from tunescope.analyze.points import UNREADABLE
+from tunescope.analyze.points import ATTACHED, UNREADABLE
 from tunescope.paper import latency as papers
 from tunescope.report.text import number
 
@@ -32,7 +32,7 @@ def phases(group: pd.DataFrame) -> str:
             "The paper's length ablation has forward + backward at this length and batch: "
             + "; ".join(f"{_bar(row)} {number(row['paper_a40_ablation_s'])} s" for row in shown) + "."
         )  # fmt: skip
-    return _wrapped(lines)
+    return _wrapped(_with_paper(lines, group))
 
 
 def layers(tables: LatencyTables, group: pd.DataFrame) -> str:
@@ -50,7 +50,7 @@ def layers(tables: LatencyTables, group: pd.DataFrame) -> str:
         "of that), and its artifact scales forward times by the number of layers but not backward ones: compare its "
         "shares, not its milliseconds.",
     ]
-    return _wrapped(lines + _takeaways(tables, group))
+    return _wrapped(_with_paper(lines, group) + _takeaways(tables, group))
 
 
 def _takeaways(tables: LatencyTables, group: pd.DataFrame) -> list[str]:
@@ -91,7 +91,7 @@ def operators(group: pd.DataFrame) -> str:
     ]
     if not group["source"].eq("kernels").all():
         lines.append("Without a GPU a launch is an operator, the ones that only make views included.")
-    return _wrapped(lines)
+    return _wrapped(_with_paper(lines, group))
 
 
 def memory(group: pd.DataFrame) -> str:
@@ -180,6 +180,12 @@ def _machine(ok: pd.DataFrame) -> list[str]:
 
 def _bar(row: dict[Any, Any]) -> str:
     return f"{row['sparsity']} {row['per_device_batch_size']:g}"
+
+
+def _with_paper(lines: list[str], group: pd.DataFrame) -> list[str]:
+    """Without what is said of the paper, where everything is of somebody's own Trainer."""
+    is_own = group["preset"].eq(ATTACHED).all()
+    return [line for line in lines if not (is_own and line.startswith("A40 paper:"))]
 
 
 def _wrapped(lines: list[str]) -> str:
