@@ -168,6 +168,23 @@ def test_all_of_them_are_one_table(profiled: Path, runs: dict[str, Run], capsys:
     assert "weights: own; data: own" in text
 
 
+def test_no_more_hangs_on_the_model_than_a_stage_needs(tmp_path: Path) -> None:
+    """Timed steps have marks at layers and their parts, profiled ones at every module, later ones nothing."""
+
+    class Count(TrainerCallback):
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            self.seen.append(hooks(model))
+
+    model, count = llama(), Count()
+    num_modules, num_parameters = len(list(model.modules())), len(list(model.parameters()))
+    trainer(model, tmp_path, [profiler(tmp_path / "profile"), count]).train()
+    timed, profiled = 2 * (1 + 2 * 5) + 1, 2 * num_modules + num_parameters  # and one that counts the tokens
+    assert count.seen == [timed] * 3 + [profiled] * 4 + [0] * 2
+
+
 # --- how long, where to ----------------------------------------------------------------------------------------------
 
 
@@ -179,7 +196,8 @@ def test_a_training_too_short_leaves_nothing_but_a_word(tmp_path: Path, caplog: 
     assert watching.state.global_step == NEEDED_STEPS - 1
     assert not watched.is_done
     assert watched.why_not == f"training has {NEEDED_STEPS - 1} steps, and {NEEDED_STEPS} are needed"
-    assert caplog.messages == [f"tunescope measured nothing: {watched.why_not}"]
+    ours = [record.getMessage() for record in caplog.records if record.name == "tunescope"]
+    assert ours == [f"tunescope measured nothing: {watched.why_not}"]
     assert not (tmp_path / "profile").exists()
     assert hooks(model) == 0
 
