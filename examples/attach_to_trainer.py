@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--out", default="profile")
     options = parser.parse_args()
 
+    torch.set_num_threads(1)  # of so small a model: two on busy cores mostly wait for each other
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=2048, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,

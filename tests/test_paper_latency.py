@@ -87,7 +87,7 @@ def test_layers_of_mixtral_are_seven_tenths_of_its_forward_and_backward() -> Non
 
 
 def test_the_papers_average_of_the_moe_layer_is_that_of_both_models() -> None:
-    """Its 85 % is the mean over all ten bars. Mixtral's alone is 92 %, with which no bar of ours is compared."""
+    """Its 85 % is the mean over all ten bars. Mixtral's alone is 92 %, with which ours is compared."""
     moe_pct = {
         model: [
             100 * layers["moe"] / sum(layers.values())

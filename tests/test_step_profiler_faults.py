@@ -146,6 +146,13 @@ def test_another_profiler_keeps_what_it_has_and_ours_says_why_there_is_nothing(t
     assert hooks(model) == 0
 
 
+def test_two_of_ours_in_one_training_do_not_lose_one_without_a_word(tmp_path: Path) -> None:
+    watched = [profiler(tmp_path / "profile", name=name) for name in ("a", "b")]
+    trainer(llama(), tmp_path, watched).train()
+    assert [one.is_done or one.why_not is not None for one in watched] == [True, True]
+    assert not list((tmp_path / "profile").glob("*.unfinished"))
+
+
 def test_a_profiler_that_begins_and_ends_within_ours_costs_no_training(tmp_path: Path) -> None:
     """Theirs takes torch's one profiler away; ours gives up and says so."""
 

@@ -48,7 +48,6 @@ def latency_tables(folder: Path) -> LatencyTables:
     """
     rows: list[Row] = []
     frames: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
-    experts: list[ExpertPoint] = []
     for path in point_folders(folder, "./mixtral_lt.sh"):
         row = read_row(path, LATENCY, _tables_of_point)
         found = row.pop("tables", None)
@@ -56,11 +55,9 @@ def latency_tables(folder: Path) -> LatencyTables:
         if found is not None:
             for name, frame in found.items():
                 frames[name].append(frame)
-        if expert_point := row.pop("experts", None):
-            experts.append(expert_point)
     rows.sort(key=_order)
+    experts = [point for row in rows if (point := row.pop("experts", None)) is not None]
     places = {row["folder"]: place for place, row in enumerate(rows)}
-    experts.sort(key=lambda point: point.label)
     columns = dict.fromkeys([*POINT_COLUMNS, *(name for row in rows for name in row)])
     return LatencyTables(
         points=pd.DataFrame(rows, columns=list(columns)),
@@ -90,7 +87,9 @@ def _tables_of_point(found: results.PointFolder) -> Row:
         loads = experts.loads[experts.loads["layer"] != EVERY_LAYER]
         tables["expert_loads"] = loads.drop(columns=[name for name in KEY if name in loads])
     for name, frame in tables.items():
-        tables[name] = pd.concat([pd.DataFrame([key_columns(row)] * len(frame), index=frame.index), frame], axis=1)
+        tables[name] = pd.concat(
+            [pd.DataFrame([key_columns(row)] * len(frame), index=frame.index, columns=list(KEY)), frame], axis=1
+        )
     return row | {"tables": tables, "experts": experts}
 
 

@@ -123,6 +123,8 @@ class Places:
         numbers = calls["call"].to_numpy()
         self._calls = np.flatnonzero(self._is(files.CALL))
         size = max(numbers.max(initial=-1), self._refs[self._calls].max(initial=-1)) + 2
+        if size > _MOST_NUMBERS:
+            raise ValueError(f"a call has number {size - 2}")
         self._call_module = np.full(size, self._code_of(OUTSIDE))
         self._call_module[numbers] = [self._code_of_module(number) for number in calls["module"]]
         self._call_again = np.zeros(size, dtype=bool)

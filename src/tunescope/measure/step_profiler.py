@@ -108,8 +108,9 @@ class StepProfiler(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.process_index != 0:
             return
-        for last in _measuring:
-            last.detach()
+        for last in list(_measuring):
+            if last._parts:
+                last._give_up("another StepProfiler began, or its own training ended in an exception")
         _measuring.clear()
         _measuring.add(self)
         self.why_not = None

@@ -29,6 +29,16 @@ def kernel_us(model: str, top_k: int, batch_size: int, seq_len_tokens: int | Non
     return _values("kernel_latency", "kernel", "latency_us", model, top_k, batch_size, seq_len_tokens)
 
 
+def moe_pct(model: str) -> float:
+    """The MoE layer's part of the layers' time in Figure 5 (%), mean over the model's bars."""
+    shares = [
+        100 * layers["moe"] / sum(layers.values())
+        for top_k, batch in points(model)
+        if (layers := layer_s(model, top_k, batch, SEQ_LEN_TOKENS))
+    ]
+    return sum(shares) / len(shares)
+
+
 def ablation_s(model: str, top_k: int, batch_size: int, seq_len_tokens: int | None) -> float | None:
     """Seconds of forward and backward at one length (section IV-B6). The paper ran the largest batch that fits, and
     says which only at length 128."""
