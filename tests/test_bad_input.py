@@ -21,7 +21,8 @@ from tunescope.analyze.throughput import COLUMNS, throughput
 from tunescope.config import MAX_BATCH, Point, parse_points
 from tunescope.errors import UserError
 from tunescope.models.architectures import MIXTRAL_TINY
-from tunescope.report.throughput import FORMATS, print_throughput
+from tunescope.report.text import FORMATS
+from tunescope.report.throughput import print_throughput
 
 POINT_FILES = (results.POINT_FILE, results.OUTCOME_FILE, results.ENVIRONMENT_FILE, results.STEPS_FILE)
 STEPS = results.STEPS_FILE

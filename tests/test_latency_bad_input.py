@@ -28,7 +28,8 @@ from tunescope.analyze.latency_tables import latency_tables
 from tunescope.errors import UserError
 from tunescope.expert_tokens import EXPERT_TOKENS_FILE
 from tunescope.report import latency as report
-from tunescope.report.latency import FORMATS, print_latency
+from tunescope.report.latency import print_latency
+from tunescope.report.text import FORMATS
 
 Spoil = Callable[[Path], None]
 GOOD = "good"

@@ -19,8 +19,8 @@ from tunescope.analyze.latency_tables import LatencyTables, latency_tables
 from tunescope.errors import UserError
 from tunescope.hardware import GIB
 from tunescope.report import latency as report
-from tunescope.report.latency import FORMATS, print_latency
-from tunescope.report.text import number
+from tunescope.report.latency import print_latency
+from tunescope.report.text import FORMATS, number
 
 FIXTURES = Path(__file__).parent / "fixtures" / "latency_h200_tiny"
 PASSES = (files.FORWARD, files.RECOMPUTE, files.BACKWARD)

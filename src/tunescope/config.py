@@ -12,7 +12,6 @@ from tunescope.paper import latency
 PRESETS = ("full", "slice", "tiny")
 # What a launcher measures: queries/s of Figure 8, or where a step's time goes, Figures 4, 5 and 11.
 THROUGHPUT, LATENCY = "throughput", "latency"
-KINDS = (THROUGHPUT, LATENCY)
 NUM_EXPERTS = {"mixtral": 8}
 SPARSE_TOP_K = 2  # the paper's "sparse"; its "dense" is every expert
 MAX_BATCH = 65_536

@@ -38,7 +38,6 @@ PHASES = (FORWARD, RECOMPUTE, BACKWARD, CLIP, OPTIMIZER_STEP, REST)
 OP, CALL, NODE, PARAMETER, MARK, ANNOTATION, LAUNCH = "op", "call", "node", "parameter", "mark", "annotation", "launch"
 KERNEL, MEMCPY, MEMSET, MEMORY = "kernel", "memcpy", "memset", "memory"
 GPU_KINDS = (KERNEL, MEMCPY, MEMSET)
-KINDS = (OP, CALL, NODE, PARAMETER, MARK, ANNOTATION, LAUNCH, *GPU_KINDS, MEMORY)
 
 
 # What is counted of memory, and what the allocator says, which only a GPU has.

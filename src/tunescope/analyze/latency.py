@@ -115,9 +115,10 @@ class LatencyPoint:
         work, num_steps = self.attribution.work, self.attribution.num_steps
         cells = work.groupby(["layer", "part", "phase"], sort=False)["duration_ns"].agg(["sum", "size"]) / num_steps
         cells = cells.rename(columns={"sum": "busy_ns", "size": "num_launches"}).reset_index()
-        merged = cells.merge(self._spans(), how="outer", on=["layer", "part", "phase"])
+        merged = cells.merge(self._spans, how="outer", on=["layer", "part", "phase"])
         return merged.fillna({"busy_ns": 0.0, "num_launches": 0.0})
 
+    @cached_property
     def _spans(self) -> pd.DataFrame:
         spans = self.read(files.SPANS_FILE, files.SPANS_SCHEMA)
         modules = self.recording.modules
@@ -154,24 +155,24 @@ class LatencyPoint:
         On a GPU absolute, anchored at what the allocator said before the optimizer. Without one it is the growth since
         the step began, and blocks that were freed without having been seen are missing.
         """
-        changes = memory_timeline(self._recording(files.MEMORY_EVENTS_FILE))
+        recording = self._recording(files.MEMORY_EVENTS_FILE)
+        changes = memory_timeline(recording)
         if changes.empty:
             raise results.PointFormatError(f"{self.found.path / files.MEMORY_EVENTS_FILE} holds no change of memory")
         on_gpu = (changes["device"] >= 0).any()
         changes = changes[(changes["device"] >= 0) == on_gpu].reset_index(drop=True)
-        allocated = changes["allocated_bytes"].cumsum() + self._base_bytes(changes)
+        allocated = changes["allocated_bytes"].cumsum() + self._base_bytes(changes, recording.events)
         places = [self.division.place(module) for module in changes["module"]]
         changes["layer"], changes["part"], _ = zip(*places, strict=True) if places else ((), (), ())
         changes["now_bytes"] = allocated
         cells = changes.groupby(["phase", "layer", "part"], sort=False)["now_bytes"].agg(["max", "last"])
         return cells.rename(columns={"max": "peak_bytes", "last": "end_bytes"}).reset_index()
 
-    def _base_bytes(self, changes: pd.DataFrame) -> int:
+    def _base_bytes(self, changes: pd.DataFrame, events: pd.DataFrame) -> int:
         parts = self.memory_parts()
         everything = parts.loc[parts["part"] == files.EVERYTHING, "allocated_bytes"]
         if everything.empty:
             return 0
-        events = self.read(files.MEMORY_EVENTS_FILE, files.EVENTS_SCHEMA)
         is_moment = events["name"] == files.MARK_PREFIX + files.PRE_OPTIMIZER
         moment_ns = events.loc[is_moment, "start_ns"].max()
         return int(everything.iloc[0] - changes.loc[changes["time_ns"] <= moment_ns, "allocated_bytes"].sum())
@@ -228,7 +229,7 @@ class LatencyPoint:
         inside = inside.assign(end_ns=inside["start_ns"] + inside["duration_ns"])
         ends = inside.groupby(["step", "layer", "phase"]).agg({"start_ns": "min", "end_ns": "max"})
         profiled_ns = float((ends["end_ns"] - ends["start_ns"]).sum()) / num_steps
-        spans = self._spans()
+        spans = self._spans
         of_layers = spans[(spans["part"] == LAYER_ITSELF) & spans["phase"].isin([files.FORWARD, files.RECOMPUTE])]
         return {"layer_span_s": float(of_layers["span_ns"].sum()) / 1e9, "profiled_layer_span_s": profiled_ns / 1e9}
 

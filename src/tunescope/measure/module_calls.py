@@ -14,7 +14,7 @@ import torch
 
 from tunescope.latency_files import CALL_PREFIX, PARAMETER_PREFIX
 
-# 1 us a range where the public record_function takes 7 (docs/LOG.md); a step of Mixtral-8x7B has 15,000 of them.
+# 1 us a range where the public record_function takes 7 (docs/LOG.md); a step of Mixtral-8x7B has some 10,000.
 TraceRange: Any = getattr(torch._C._profiler, "_RecordFunctionFast", torch.profiler.record_function)
 
 

@@ -1,7 +1,7 @@
 """Times the phases of unprofiled steps, and decoder layers within them, by CUDA events that nothing waits for.
 
-A mark is one event, read after the run: about 2 us of host time. Mixtral-8x7B takes some 650 a step, one part in a
-thousand of it.
+A mark is one event, read after the run: about 10 us of host time (docs/LOG.md). Mixtral-8x7B takes some 650 a step,
+half a percent of it.
 """
 
 import itertools

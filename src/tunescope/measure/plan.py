@@ -177,6 +177,7 @@ def make_plan(options: Options) -> Plan:
     if size.preset == "tiny":
         base, model_dir = architectures.built_in_config("tiny"), None
     named = inputs.study_files() | given
+    probe_files = inputs.probe_files(named) if options.kind == config.LATENCY else {}
     common = _Common(
         options=options,
         recipe=recipe,
@@ -188,7 +189,8 @@ def make_plan(options: Options) -> Plan:
         stack={"python": platform.python_version(), **package_versions()},
         speed_settings=speed_settings(),
         revision=git_revision(),
-        probe_files=inputs.probe_files(named) if options.kind == config.LATENCY else {},
+        probe_files=probe_files,
+        probes={name: inputs.file_facts(file) for name, file in probe_files.items()},
     )
     # A breakdown shows single layers: the deeper end has them all, there is nothing to extrapolate.
     depths = list(size.depths) if options.kind == config.THROUGHPUT else [max(size.depths)]
@@ -236,6 +238,7 @@ class _Common:
     speed_settings: dict[str, str]
     revision: str | None
     probe_files: dict[str, Path]
+    probes: dict[str, Any]
 
 
 def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
@@ -275,7 +278,7 @@ def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
         speed_settings=common.speed_settings,
         revision=common.revision,
         probe_files=common.probe_files,
-        probes={name: inputs.file_facts(file) for name, file in common.probe_files.items()},
+        probes=common.probes,
     )
 
 

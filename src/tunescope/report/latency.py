@@ -17,9 +17,8 @@ from tunescope.hardware import GIB
 from tunescope.paper import latency as papers
 from tunescope.report import latency_notes
 from tunescope.report.experts import expert_loads_frame, expert_summary_frame, experts_text
-from tunescope.report.text import number, text_table
+from tunescope.report.text import check_format, number, records, text_table
 
-FORMATS = ("text", "csv", "json")
 _PASSES = (files.FORWARD, files.RECOMPUTE, files.BACKWARD)
 _OTHER_PHASES = (files.CLIP, files.OPTIMIZER_STEP, files.REST)
 
@@ -29,8 +28,7 @@ def print_latency(folder: Path, format: str, layer: int | None) -> bool:
 
     layer: one decoder layer, from 0, instead of the sum of all.
     """
-    if format not in FORMATS:
-        raise UserError(f"--format {format!r} is unknown", cure=f"use one of {', '.join(FORMATS)}")
+    check_format(format)
     tables = latency_tables(folder)
     if layer is not None:
         deepest = int(tables.layers["layer"].max()) if not tables.layers.empty else -1
@@ -68,11 +66,11 @@ def latency_text(tables: LatencyTables, layer: int | None = None, *, num_unfinis
         where = f"{', '.join(sorted(set(group['model'])))} {machine}"
         blocks.append(f"Figure 4: phases of a step (s), {where}\n\n{_phases_table(tables, group)}")
         blocks.append(latency_notes.phases(group))
-        for row in _records(group):
+        for row in records(group):
             title = f"Figure 5: {_scope(row, layer)} (ms a step), {_label(row)} {machine}"
             blocks.append(f"{title}\n\n{_layers_table(tables, row, layer)}")
         blocks.append(latency_notes.layers(tables, group))
-        for row in _records(group):
+        for row in records(group):
             what = f"Figure 6 from the profiler: operators of {row['op_part']}, {_scope(row, layer)}"
             blocks.append(f"{what}, {_label(row)} {machine}\n\n{_operators_table(tables, row, layer)}")
         blocks.append(latency_notes.operators(group))
@@ -84,7 +82,7 @@ def latency_text(tables: LatencyTables, layer: int | None = None, *, num_unfinis
         blocks.append(experts)
     others = points[points["status"] != "ok"]
     if not others.empty:
-        rows = [(str(row["point_id"]), str(row["status"])) for row in _records(others)]
+        rows = [(str(row["point_id"]), str(row["status"])) for row in records(others)]
         blocks.append("Points without a breakdown\n\n" + text_table(("point", "status"), rows, left_columns=2))
         blocks.append(latency_notes.failures(others))
     blocks.append(latency_notes.provenance(points))
@@ -105,7 +103,7 @@ def _phases_table(tables: LatencyTables, group: pd.DataFrame) -> str:
     if with_paper:
         header += ["A40 paper: forward", "backward", "optimizer", "optimizer %"]
     rows = []
-    for row in _records(group):
+    for row in records(group):
         phases = tables.phases[tables.phases["folder"] == row["folder"]].set_index("phase")
         shares = 100 * phases["share_frac"]
         cells = [*_bar(row), number(row["step_s"])]
@@ -214,7 +212,7 @@ def _memory_table(tables: LatencyTables, group: pd.DataFrame) -> str:
     header += [f"peak in {phase}" for phase in (*_PASSES, files.OPTIMIZER_STEP)]
     header += ["activations", "peak of all", "in phase", "in part", "in layer"]
     rows = []
-    for row in _records(group):
+    for row in records(group):
         memory = tables.memory[tables.memory["folder"] == row["folder"]]
         held = tables.memory_parts[tables.memory_parts["folder"] == row["folder"]].set_index("part")
         held_gib = held["allocated_bytes"] / GIB
@@ -248,7 +246,7 @@ def _quality_table(group: pd.DataFrame) -> str:
             f"{100 * row['attributed_frac']:.2f}", number(row["layer_span_s"]), number(row["profiled_layer_span_s"]),
             number(100 * (row["profiled_layer_span_s"] / row["layer_span_s"] - 1)) if row["layer_span_s"] else "-",
         ]
-        for row in _records(group)
+        for row in records(group)
     ]  # fmt: skip
     return text_table(header, rows, left_columns=2)
 
@@ -265,7 +263,3 @@ def _label(row: dict[str, Any]) -> str:
 
 def _scope(row: dict[str, Any], layer: int | None) -> str:
     return f"layer {layer}" if layer is not None else f"sum of {int(row['num_layers'])} layers"
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in record.items()} for record in table.to_dict("records")]

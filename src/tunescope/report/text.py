@@ -1,6 +1,24 @@
 """Plain text tables: readable in a terminal, in a txt file and in a diff."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from tunescope.errors import UserError
+
+FORMATS = ("text", "csv", "json")
+
+
+def check_format(format: str) -> None:
+    """Raises UserError for a --format that no table has."""
+    if format not in FORMATS:
+        raise UserError(f"--format {format!r} is unknown", cure=f"use one of {', '.join(FORMATS)}")
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table, column -> value."""
+    return [{str(key): value for key, value in record.items()} for record in table.to_dict("records")]
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left_columns: int) -> str:

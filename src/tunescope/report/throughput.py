@@ -8,10 +8,8 @@ import pandas as pd
 
 from tunescope import paper, results
 from tunescope.analyze.throughput import UNREADABLE, counted_in_words, throughput
-from tunescope.errors import UserError
-from tunescope.report.text import number, text_table
+from tunescope.report.text import check_format, number, records, text_table
 
-FORMATS = ("text", "csv", "json")
 _HEADER = (
     "data", "sparsity", "batch", "status", "queries/s", "95 % interval", "A40 paper", "ratio", "steps", "s/step",
     "tokens/s", "padded tok/s", "q/train s", "MFU %", "HFU %", "peak GiB", "J/query",
@@ -22,8 +20,7 @@ _ALWAYS_SHOWN = ("queries/s", "A40 paper", "ratio")
 
 def print_throughput(folder: Path, format: str) -> bool:
     """Prints the table to stdout. False if a point could not be read: its row and stderr say why, the rest stand."""
-    if format not in FORMATS:
-        raise UserError(f"--format {format!r} is unknown", cure=f"use one of {', '.join(FORMATS)}")
+    check_format(format)
     table = throughput(folder)
     if format == "csv":
         print(table.to_csv(index=False), end="")
@@ -56,7 +53,7 @@ def _block(group: pd.DataFrame, preset: str) -> str:
     header = list(_HEADER)
     if preset == "slice":
         header[4:4] = ["layers", "q/s all layers", "its interval"]
-    rows = [_cells(row, preset) for row in _records(group)]
+    rows = [_cells(row, preset) for row in records(group)]
     # What this machine cannot say (no GPU: no memory, energy or MFU) is said once in the footer, not in every row.
     kept = [i for i, name in enumerate(header) if name in _ALWAYS_SHOWN or any(row[i] != "-" for row in rows)]
     return text_table([header[i] for i in kept], [[row[i] for i in kept] for row in rows], left_columns=_LEFT_COLUMNS)
@@ -145,7 +142,7 @@ def _footer(table: pd.DataFrame, num_unfinished: int) -> list[str]:
             "through two depths, and the ratio uses it. --format csv has both depths."
         )
     lines += _conditions(ok)
-    for row in _records(known[known["status"] != "ok"]):
+    for row in records(known[known["status"] != "ok"]):
         peak_gib = row["peak_allocated_gib"]
         peak = "" if pd.isna(peak_gib) else f" (peak {number(peak_gib)} GiB allocated)"
         lines.append(f"{_bar(row)}: {row['status']}{peak}: {row['cause']}")
@@ -163,7 +160,7 @@ def _conditions(ok: pd.DataFrame) -> list[str]:
         else:
             lines.append("No MFU: the GPU is not in the table of src/tunescope/hardware.py.")
     slowed = ok[pd.to_numeric(ok["slowed_frac"]) > 0]
-    for row in _records(slowed):
+    for row in records(slowed):
         share_pct = 100 * row["slowed_frac"]
         lines.append(f"{_bar(row)}: the GPU was held back by {row['slowed_by']} in {share_pct:.0f} % of samples.")
     crowded = ok[pd.to_numeric(ok["num_other_processes"]) > 0]
@@ -173,10 +170,6 @@ def _conditions(ok: pd.DataFrame) -> list[str]:
     if not wide.empty:
         lines.append(f"{len(wide)} point(s) have an interval wider than 2 % of the mean: read them as rough.")
     return lines
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in record.items()} for record in table.to_dict("records")]
 
 
 def _bar(row: dict[str, Any]) -> str:

@@ -14,9 +14,8 @@ import pandas as pd
 
 from tunescope.analyze.trace_kernels import NO_OP, TraceTables, trace_tables
 from tunescope.errors import UserError
-from tunescope.report.text import number, text_table
+from tunescope.report.text import check_format, number, text_table
 
-FORMATS = ("text", "csv", "json")
 DEFAULT_LIMIT = 30
 MAX_STREAM_ROWS = 100
 _NAME_WIDTH = 60
@@ -38,8 +37,7 @@ def print_kernels(trace: Path, format: str, limit: int | None = None) -> bool:
     `limit`: rows of kernels and of ops by time, the rest summed in one row; if None, 30 in text and all in csv and
     json. Raises UserError for a trace that cannot be read at all.
     """
-    if format not in FORMATS:
-        raise UserError(f"--format {format!r} is unknown", cure=f"use one of {', '.join(FORMATS)}")
+    check_format(format)
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit} leaves no row", cure="use 1 or more")
     tables = trace_tables(trace)
