@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Where do the steps of your own Trainer go? A small random Llama on any machine, in less than a minute:
 
-    PYTHONPATH=src python examples/attach_to_trainer.py [--finetuning lora|full] [--checkpointing none|reentrant|non-reentrant]
+    PYTHONPATH=src python examples/attach_to_trainer.py [--finetuning lora|full] \\
+        [--checkpointing none|reentrant|non-reentrant]
     python -m tunescope table latency profile
 
 Only the lines marked (1) to (3) are tunescope's; put them into your own script.
