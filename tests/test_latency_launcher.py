@@ -133,7 +133,8 @@ def test_a_recording_is_of_whole_steps(name: str, latency_once: Path) -> None:
     assert of_memory.tolist() == one
     assert (memory["kind"] == files.MEMORY).sum() > 100
     assert not (events["kind"] == files.MEMORY).any()
-    assert set(events["kind"]) <= set(files.KINDS)
+    of_host = {files.OP, files.CALL, files.NODE, files.PARAMETER, files.MARK, files.ANNOTATION, files.LAUNCH}
+    assert set(events["kind"]) <= of_host, "there is no GPU here"
     assert events["start_ns"].is_monotonic_increasing
     recorded = events.loc[events["kind"] == files.CALL, "ref"]
     assert recorded.is_unique
