@@ -1,11 +1,17 @@
 """Fixtures shared by several test files."""
 
+import os
 import shutil
 from pathlib import Path
 
 import helpers_latency
 import launching
 import pytest
+import torch
+
+# Before any test imports a kernel: without a GPU, Triton's interpreter runs it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
