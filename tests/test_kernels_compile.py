@@ -1,0 +1,148 @@
+"""The kernels of the selective scan through Triton's own compiler, for GPUs that this machine need not have.
+
+Interpreted kernels prove the arithmetic, not that the compiler takes them, nor that what belongs to a thread stays in
+it. Runs itself in another process: here the interpreter may have replaced the compiler.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src"
+CAPABILITIES = (80, 90)  # Ampere, Hopper
+MODEL = {"N": 16, "BLOCK_E": 8, "T": 64, "R": 4, "UNIT": 8, "EVEN_E": True, "HAS_Z": True}
+FORWARD = MODEL | {"SAVE": 64, "HAS_D": True}
+BACKWARD = MODEL | {"BLOCKS": 8, "HAS_D": True, "IS_SPLIT": False}
+# In bf16 as in training, with the launches of selective_scan_triton._config; odd: no size a multiple of anything.
+ODD = {"UNIT": 1, "EVEN_E": False}
+SHORT = {"BLOCK_E": 16, "T": 16, "R": 16}
+VARIANTS = {
+    "forward": ("forward_kernel", FORWARD),
+    "forward, few programs": ("forward_kernel", FORWARD | {"BLOCK_E": 2, "T": 128, "R": 2}),
+    "forward, odd": ("forward_kernel", FORWARD | ODD),
+    "forward, short, no D and z": ("forward_kernel", FORWARD | SHORT | {"SAVE": 16, "HAS_D": False, "HAS_Z": False}),
+    "backward": ("backward_kernel", BACKWARD),
+    "backward, few programs": ("backward_kernel", BACKWARD | {"BLOCK_E": 4, "BLOCKS": 1}),
+    "backward, split": ("backward_kernel", BACKWARD | {"IS_SPLIT": True}),
+    "tile gradients": ("tile_gradients_kernel", MODEL),
+    "carries": ("carries_kernel", {"N": 16, "BLOCK_E": 32}),
+}
+ONLY_ON_HOPPER = {
+    "backward, odd": ("backward_kernel", BACKWARD | ODD),
+    "backward, short, no D and z": ("backward_kernel", BACKWARD | SHORT | {"HAS_D": False, "HAS_Z": False}),
+}  # fmt: skip
+ABSENT = {"HAS_D": {"D_ptr"}, "HAS_Z": {"z_ptr", "dz_ptr"}}
+FP32_POINTERS = {"A_ptr", "states_ptr", "carries_ptr", "tile_delta_ptr", "dBC_ptr", "per_channel_ptr"}
+
+
+def compile_all() -> dict[str, dict[str, Any]]:
+    """Memory instructions (PTX) and resources (the assembler's count) of each variant on each capability."""
+    everywhere = {
+        f"{name}, sm_{capability}": compile_one(*variant, capability)
+        for name, variant in VARIANTS.items()
+        for capability in CAPABILITIES
+    }
+    return everywhere | {name: compile_one(*variant, 90) for name, variant in ONLY_ON_HOPPER.items()}
+
+
+def compile_one(name: str, constants: dict[str, Any], capability: int) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tunescope.kernels import selective_scan_kernels
+
+    kernel = getattr(selective_scan_kernels, name)
+    for flag, pointers in ABSENT.items():
+        if not constants.get(flag, True):
+            constants = constants | {pointer: None for pointer in pointers if pointer in kernel.arg_names}
+    signature = {argument: "constexpr" if argument in constants else type_of(argument) for argument in kernel.arg_names}
+    pointers = [index for index, type_ in enumerate(signature.values()) if type_.startswith("*")]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in pointers}),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": 1},
+    )
+    cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    ptx = compiled.asm["ptx"]
+    return {
+        "accesses": re.findall(r"\b(?:ld|st)\.global(?:\.v\d)?\.b\d+", ptx),
+        "shuffles": len(re.findall(r"\bshfl\.sync", ptx)),
+        "exponentials": set(re.findall(r"\bex2\.approx\S*\.f32", ptx)) == {"ex2.approx.ftz.f32"},
+        **resources,
+    }
+
+
+def type_of(argument: str) -> str:
+    if not argument.endswith("_ptr"):
+        return "i32"
+    return "*fp32" if argument in FP32_POINTERS else "*bf16"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    environment = os.environ | {
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        "PYTHONPATH": os.pathsep.join([str(SRC), os.environ.get("PYTHONPATH", "")]),
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_compiles_and_keeps_its_values_in_registers(compiled: dict[str, dict[str, Any]]) -> None:
+    assert len(compiled) == len(VARIANTS) * len(CAPABILITIES) + len(ONLY_ON_HOPPER)
+    for name, found in compiled.items():
+        assert found["LOCAL"] == 0, name
+        if "odd" not in name:
+            assert found["STACK"] <= 96, name  # a few of 255, which the loop over states leaves where they are
+
+
+def test_rows_are_read_and_written_16_bytes_at_a_time(compiled: dict[str, dict[str, Any]]) -> None:
+    """Of two channels a thread each tensor over time is one vector each; what they share is one vector for both."""
+    for capability in CAPABILITIES:
+        forward = compiled[f"forward, sm_{capability}"]["accesses"]
+        assert forward.count("ld.global.v4.b32") == 2 * 3 + 2  # c, delta and z; B and C
+        assert forward.count("st.global.v4.b32") == 2  # y
+        assert forward.count("ld.global.b16") == 2 * 2  # bias and D
+        backward = compiled[f"backward, sm_{capability}"]["accesses"]
+        assert backward.count("ld.global.v4.b32") == 2 * 2 * 4 + 2 + 1  # all twice, dy too; B and C; their gradients
+        assert backward.count("st.global.v4.b32") == 2 * 3 + 1  # gradients of c, delta and z; of B and C
+        assert backward.count("ld.global.b16") == 2 * 2
+
+
+def test_threads_exchange_no_more_than_scans_and_sums_need(compiled: dict[str, dict[str, Any]]) -> None:
+    """A tile in another layout than its steps' would show as shuffles by the dozen, or as shared memory."""
+    for name, found in compiled.items():
+        if "odd" not in name:
+            assert found["SHARED"] == 0, name
+    for capability in CAPABILITIES:
+        # Two channels' scans over 8 blocks: three levels, the last without a decay, and the step to what enters.
+        chain = 2 * (2 * 3 - 1 + 1)
+        to_where_they_are_stored = 2
+        assert compiled[f"forward, sm_{capability}"]["shuffles"] == chain + to_where_they_are_stored
+        over_channels = 8 + 4
+        over_blocks = 2 * 3 * 3  # the gradients of A, of the bias and of D
+        backward = compiled[f"backward, sm_{capability}"]["shuffles"]
+        assert backward <= 2 * chain + over_channels + over_blocks + 4 * to_where_they_are_stored
+
+
+def test_exponentials_are_single_instructions(compiled: dict[str, dict[str, Any]]) -> None:
+    """Those that heed denormal numbers take three more each."""
+    assert all(found["exponentials"] for found in compiled.values())
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(), indent=1))
