@@ -8,7 +8,8 @@ from typing import Any
 
 from tunescope import results
 from tunescope.config import Point
-from tunescope.models import architectures
+from tunescope.families import find_family
+from tunescope.families.mixtral import MIXTRAL, MIXTRAL_TINY
 from tunescope.train import recipe as recipes
 
 GIB = 2**30
@@ -19,7 +20,7 @@ TIMED_UNIX_NS = (10**18, 10**18 + 60 * 10**9)  # samples of the GPU outside it a
 
 @cache
 def recipe() -> dict[str, Any]:
-    return recipes.load_recipe(recipes.recipe_folder() / recipes.RECIPES["mixtral"])
+    return recipes.load_recipe(recipes.recipe_folder() / "mixtral_qlora.yaml")
 
 
 def step_rows(
@@ -88,8 +89,8 @@ def write_point(
     """
     environment = dict(environment or gpu_environment())
     on_gpu = environment["gpu"] is not None
-    base = architectures.built_in_config(point.preset)
-    config = architectures.config_at(base, point.num_layers, point.top_k)
+    family = find_family(point.model)
+    config = family.config_at(family.tiny if point.preset == "tiny" else family.full, point.num_layers, point.top_k)
     if rows is None:
         rows = step_rows(durations_ns, num_queries=point.per_device_batch_size)
     work_dir = results.start_unfinished(folder.parent, folder.name)
@@ -150,7 +151,7 @@ def tiny_workload(point: Point, **changes: Any) -> Any:
     """A Workload of preset tiny, as plan.make_plan makes it without a GPU."""
     from tunescope.train.workload import Workload
 
-    config = architectures.config_at(architectures.built_in_config("tiny"), 2, point.top_k)
+    config = MIXTRAL.config_at(MIXTRAL_TINY, 2, point.top_k)
     settings = {
         "point": point,
         "recipe": recipe(),

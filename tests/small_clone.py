@@ -13,7 +13,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 STDLIB_ONLY = ["_bootstrap.py", "_environment.py", "_venv.py"]
-PARSERS = ["throughput.py", "mixtral_latency.py", "model_download.py"]
+PARSERS = ["throughput.py", "mixtral_latency.py", "mamba_latency.py", "model_download.py"]
 STUB_CLI = """
 import os, sys
 def main():

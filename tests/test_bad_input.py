@@ -20,7 +20,7 @@ from tunescope import results
 from tunescope.analyze.throughput import COLUMNS, throughput
 from tunescope.config import MAX_BATCH, Point, parse_points
 from tunescope.errors import UserError
-from tunescope.models.architectures import MIXTRAL_TINY
+from tunescope.families.mixtral import MIXTRAL_TINY
 from tunescope.report.text import FORMATS
 from tunescope.report.throughput import print_throughput
 

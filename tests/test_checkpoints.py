@@ -9,17 +9,24 @@ import pytest
 
 from tunescope.checkpoints import (
     BLACKMAMBA,
+    CONVERSION_FORMAT,
     GPT_NEOX_TOKENIZER,
     MIXTRAL,
+    PROVENANCE_FILE,
     REPOS,
     HubRepo,
+    Origin,
     check_model_dir,
+    converted_folder,
     find_checkpoint,
-    find_tokenizer,
+    find_unconverted,
     hub_cache,
+    origin_of,
     repo_folder,
     repos_of,
+    snapshot_folder,
     why_incomplete,
+    why_not_converted,
 )
 from tunescope.errors import UserError
 
@@ -37,15 +44,19 @@ def write_mixtral(folder: Path) -> Path:
     return folder
 
 
-def write_blackmamba(folder: Path, weights: str = "pytorch_model.bin") -> Path:
+def write_blackmamba(folder: Path) -> Path:
+    """As the Hub has it."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    (folder / weights).write_bytes(b"weights")
+    (folder / "config.json").write_text('{"mamba_moe_layers": ["r", "8"]}')
+    (folder / "pytorch_model.bin").write_bytes(b"weights")
     return folder
 
 
-def snapshot(cache: Path, repo: HubRepo, commit: str | None = None) -> Path:
-    return repo_folder(cache, repo.repo_id) / "snapshots" / (commit or repo.revision)
+def write_converted(folder: Path, commit: str = BLACKMAMBA.revision) -> Path:
+    write_mixtral(folder)
+    provenance = {"format": CONVERSION_FORMAT, "repo": BLACKMAMBA.repo_id, "revision": commit}
+    (folder / PROVENANCE_FILE).write_text(json.dumps(provenance))
+    return folder
 
 
 @pytest.mark.parametrize("repo", {repo for repos in REPOS.values() for repo in repos}, ids=str)
@@ -77,9 +88,8 @@ def test_the_hub_cache_is_where_huggingface_hub_has_it(environ: dict[str, str], 
 
 
 def test_a_complete_checkpoint_is_found(tmp_path: Path) -> None:
-    folder = write_mixtral(snapshot(tmp_path, MIXTRAL))
+    folder = write_mixtral(snapshot_folder(tmp_path, MIXTRAL))
     assert find_checkpoint("mixtral", tmp_path) == folder
-    assert find_tokenizer("mixtral", tmp_path) == folder
 
 
 def test_hf_home_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,35 +97,98 @@ def test_hf_home_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert find_checkpoint("mixtral") is None
-    folder = write_mixtral(snapshot(tmp_path / "hub", MIXTRAL))
+    folder = write_mixtral(snapshot_folder(tmp_path / "hub", MIXTRAL))
     assert find_checkpoint("mixtral") == folder
 
 
-@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
-def test_blackmamba_comes_in_one_file_and_its_tokenizer_from_elsewhere(tmp_path: Path, weights: str) -> None:
-    folder = write_blackmamba(snapshot(tmp_path, BLACKMAMBA), weights)
-    assert find_checkpoint("blackmamba", tmp_path) == folder
-    assert find_tokenizer("blackmamba", tmp_path) is None
-    tokenizer = snapshot(tmp_path, GPT_NEOX_TOKENIZER)
+def test_a_download_of_blackmamba_is_found_once_it_is_converted(tmp_path: Path) -> None:
+    assert find_unconverted("blackmamba", tmp_path) is None
+    download = write_blackmamba(snapshot_folder(tmp_path, BLACKMAMBA))
+    assert find_checkpoint("blackmamba", tmp_path) is None
+    assert find_unconverted("blackmamba", tmp_path) == download
+    converted = write_converted(converted_folder(tmp_path, BLACKMAMBA))
+    assert find_checkpoint("blackmamba", tmp_path) == converted
+    assert find_unconverted("blackmamba", tmp_path) is None
+    (download / "pytorch_model.bin").unlink()  # not needed any more
+    assert find_checkpoint("blackmamba", tmp_path) == converted
+    assert find_unconverted("mixtral", tmp_path) is None
+
+
+def test_any_converted_commit_will_do_the_pinned_one_first(tmp_path: Path) -> None:
+    other, main, pinned = "0" * 40, "f" * 40, BLACKMAMBA.revision
+    unfinished = converted_folder(tmp_path, BLACKMAMBA, other)
+    write_converted(unfinished.with_name(f".{unfinished.name}.unfinished"), other)
+    assert find_checkpoint("blackmamba", tmp_path) is None
+    (repo_folder(tmp_path, BLACKMAMBA.repo_id) / "refs").mkdir(parents=True)
+    (repo_folder(tmp_path, BLACKMAMBA.repo_id) / "refs" / "main").write_text(main)
+    for commit in (other, main, pinned):  # each is preferred to those before it
+        folder = write_converted(converted_folder(tmp_path, BLACKMAMBA, commit), commit)
+        assert find_checkpoint("blackmamba", tmp_path) == folder
+
+
+@pytest.mark.parametrize(
+    ("cache", "folder"),
+    [
+        ("/data/hf/hub", "/data/hf/tunescope/blackmamba-2.8b-521a77772f0d"),
+        ("/fast/models", "/fast/models/tunescope/blackmamba-2.8b-521a77772f0d"),
+    ],
+)
+def test_a_converted_folder_lies_in_hf_home_or_in_the_cache_named_instead(cache: str, folder: str) -> None:
+    assert converted_folder(Path(cache), BLACKMAMBA) == Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        (PROVENANCE_FILE, None, f"has no {PROVENANCE_FILE}"),
+        (PROVENANCE_FILE, "{}", "made by another version"),
+        (PROVENANCE_FILE, '{"format": 999}', "made by another version"),
+        (PROVENANCE_FILE, "[", "cannot be read as JSON"),
+        ("tokenizer.json", None, "has no tokenizer.json"),
+        (SHARDS[1], None, f"lacks 1 of 2 weight files: {SHARDS[1]}"),
+    ],
+)
+def test_a_converted_folder_that_lost_something_is_not_found(
+    tmp_path: Path, name: str, text: str | None, reason: str
+) -> None:
+    folder = write_converted(converted_folder(tmp_path, BLACKMAMBA))
+    (folder / name).unlink()
+    if text is not None:
+        (folder / name).write_text(text)
+    assert reason in (why_not_converted(folder) or "")
+    assert find_checkpoint("blackmamba", tmp_path) is None
+
+
+def test_a_folder_says_which_commit_it_is_of(tmp_path: Path) -> None:
+    mixtral = write_mixtral(snapshot_folder(tmp_path, MIXTRAL, "a" * 40))
+    assert origin_of(mixtral) == Origin(MIXTRAL.repo_id, "a" * 40)
+    converted = write_converted(converted_folder(tmp_path, BLACKMAMBA))
+    assert origin_of(converted) == Origin(BLACKMAMBA.repo_id, BLACKMAMBA.revision)
+    assert origin_of(write_mixtral(tmp_path / "own")) is None
+
+
+def test_the_tokenizer_of_blackmamba_comes_from_elsewhere(tmp_path: Path) -> None:
+    tokenizer = snapshot_folder(tmp_path, GPT_NEOX_TOKENIZER)
+    assert "does not exist" in (why_incomplete(tokenizer, GPT_NEOX_TOKENIZER) or "")
     tokenizer.mkdir(parents=True)
     for name in GPT_NEOX_TOKENIZER.required:
         (tokenizer / name).write_text("{}")
-    assert find_tokenizer("blackmamba", tmp_path) == tokenizer
+    assert why_incomplete(tokenizer, GPT_NEOX_TOKENIZER) is None
 
 
 def test_the_pinned_commit_comes_before_main_and_main_before_others(tmp_path: Path) -> None:
     other, main, pinned = "0" * 40, "f" * 40, MIXTRAL.revision
-    write_mixtral(snapshot(tmp_path, MIXTRAL, other))
-    assert find_checkpoint("mixtral", tmp_path) == snapshot(tmp_path, MIXTRAL, other)
+    write_mixtral(snapshot_folder(tmp_path, MIXTRAL, other))
+    assert find_checkpoint("mixtral", tmp_path) == snapshot_folder(tmp_path, MIXTRAL, other)
     refs = repo_folder(tmp_path, MIXTRAL.repo_id) / "refs"
     refs.mkdir()
     (refs / "main").write_text(main)
-    write_mixtral(snapshot(tmp_path, MIXTRAL, main))
-    assert find_checkpoint("mixtral", tmp_path) == snapshot(tmp_path, MIXTRAL, main)
-    write_mixtral(snapshot(tmp_path, MIXTRAL, pinned))
-    assert find_checkpoint("mixtral", tmp_path) == snapshot(tmp_path, MIXTRAL, pinned)
-    (snapshot(tmp_path, MIXTRAL, pinned) / SHARDS[0]).unlink()
-    assert find_checkpoint("mixtral", tmp_path) == snapshot(tmp_path, MIXTRAL, main)
+    write_mixtral(snapshot_folder(tmp_path, MIXTRAL, main))
+    assert find_checkpoint("mixtral", tmp_path) == snapshot_folder(tmp_path, MIXTRAL, main)
+    write_mixtral(snapshot_folder(tmp_path, MIXTRAL, pinned))
+    assert find_checkpoint("mixtral", tmp_path) == snapshot_folder(tmp_path, MIXTRAL, pinned)
+    (snapshot_folder(tmp_path, MIXTRAL, pinned) / SHARDS[0]).unlink()
+    assert find_checkpoint("mixtral", tmp_path) == snapshot_folder(tmp_path, MIXTRAL, main)
 
 
 Spoil = Callable[[Path], object]
@@ -154,7 +227,7 @@ def _dangle(folder: Path) -> None:
     ],
 )
 def test_an_incomplete_checkpoint_is_not_found_and_says_why(tmp_path: Path, spoil: Spoil, reason: str) -> None:
-    folder = write_mixtral(snapshot(tmp_path, MIXTRAL))
+    folder = write_mixtral(snapshot_folder(tmp_path, MIXTRAL))
     spoil(folder)
     assert find_checkpoint("mixtral", tmp_path) is None
     assert reason in (why_incomplete(folder, MIXTRAL) or "")
@@ -162,7 +235,7 @@ def test_an_incomplete_checkpoint_is_not_found_and_says_why(tmp_path: Path, spoi
 
 def test_a_model_folder_is_accepted_whole_or_without_weights(tmp_path: Path) -> None:
     check_model_dir(write_mixtral(tmp_path / "mixtral"))
-    check_model_dir(write_blackmamba(tmp_path / "blackmamba"))
+    check_model_dir(write_converted(tmp_path / "blackmamba"))
     config_only = tmp_path / "config-only"
     config_only.mkdir()
     (config_only / "config.json").write_text('{"model_type": "mixtral"}')
@@ -185,6 +258,12 @@ def test_a_spoilt_model_folder_is_refused_with_cause_and_cure(tmp_path: Path, sp
         check_model_dir(folder)
     assert caught.value.cause
     assert caught.value.cure
+
+
+def test_a_download_of_blackmamba_is_no_model_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="BlackMamba in its original form") as caught:
+        check_model_dir(write_blackmamba(tmp_path / "blackmamba"))
+    assert "model_download.py --model blackmamba" in caught.value.cure
 
 
 def test_a_model_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:

@@ -1,17 +1,14 @@
 """Fetching checkpoints, over a stand-in for the Hub, and once over a small Hub on this machine."""
 
 import errno
-import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,78 +16,26 @@ from typing import Any
 import huggingface_hub
 import pytest
 import requests
+import torch
+from helpers_hub import CONTENT, SHARD, FakeHub, SmallHub, etag_of
+from helpers_original import TINY, random_original
 from huggingface_hub import errors
+from safetensors import safe_open
 
 from tunescope.checkpoints import (
     BLACKMAMBA,
     GPT_NEOX_TOKENIZER,
     MIXTRAL,
+    HubRepo,
+    converted_folder,
     find_checkpoint,
-    find_tokenizer,
+    find_unconverted,
     repo_folder,
+    snapshot_folder,
+    why_incomplete,
 )
 from tunescope.download import download
 from tunescope.errors import UserError
-
-SHARD = "model-00001-of-00001.safetensors"
-INDEX = json.dumps({"weight_map": {"lm_head.weight": SHARD}}).encode()
-CONTENT: dict[str, dict[str, bytes]] = {
-    MIXTRAL.repo_id: {
-        "README.md": b"not wanted",
-        "config.json": b"{}",
-        "consolidated.00.pt": b"not wanted",
-        "model.safetensors.index.json": INDEX,
-        SHARD: b"w" * 5000,
-        "tokenizer.json": b"{}",
-        "tokenizer.model": b"m",
-        "tokenizer_config.json": b"{}",
-    },
-    BLACKMAMBA.repo_id: {"README.md": b"no", "config.json": b"{}", "pytorch_model.bin": b"w" * 900},
-    GPT_NEOX_TOKENIZER.repo_id: {
-        "pytorch_model-00001-of-00046.bin": b"not wanted",
-        "tokenizer.json": b"{}",
-        "tokenizer_config.json": b"{}",
-        "vocab.json": b"{}",
-    },
-}
-
-
-def etag_of(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-@dataclass
-class FakeHub:
-    """Answers for HfApi.model_info and snapshot_download, and counts what is asked."""
-
-    lookup_error: Exception | None = None
-    transfer_error: Exception | None = None
-    leave_out: str | None = None
-    looked_up: list[str] = field(default_factory=list)
-    transferred: list[str] = field(default_factory=list)
-
-    def model_info(self, repo_id: str, *, revision: str, files_metadata: bool) -> Any:
-        assert files_metadata
-        self.looked_up.append(f"{repo_id}@{revision}")
-        if self.lookup_error is not None:
-            raise self.lookup_error
-        siblings = [
-            SimpleNamespace(rfilename=name, size=len(data), blob_id=etag_of(data), lfs=None)
-            for name, data in CONTENT[repo_id].items()
-        ]
-        return SimpleNamespace(sha=revision, siblings=siblings)
-
-    def snapshot_download(self, repo_id: str, *, revision: str, allow_patterns: list[str], cache_dir: Path) -> str:
-        snapshot = repo_folder(cache_dir, repo_id) / "snapshots" / revision
-        snapshot.mkdir(parents=True, exist_ok=True)
-        names = huggingface_hub.utils.filter_repo_objects(CONTENT[repo_id], allow_patterns=allow_patterns)
-        for name in names:
-            if self.transfer_error is not None:
-                raise self.transfer_error
-            if name != self.leave_out:
-                (snapshot / name).write_bytes(CONTENT[repo_id][name])
-                self.transferred.append(name)
-        return str(snapshot)
 
 
 @pytest.fixture
@@ -109,9 +54,7 @@ def test_all_models_are_fetched_without_what_is_not_wanted(hub: FakeHub, tmp_pat
     lines: list[str] = []
     folders = download(hf_home=tmp_path, echo=lines.append)
     cache = tmp_path / "hub"
-    assert folders[0] == find_checkpoint("mixtral", cache)
-    assert folders[1] == find_checkpoint("blackmamba", cache)
-    assert folders[2] == find_tokenizer("blackmamba", cache)
+    assert folders == [find_checkpoint("mixtral", cache), find_checkpoint("blackmamba", cache)]
     unwanted = {"README.md", "consolidated.00.pt", "pytorch_model-00001-of-00046.bin"}
     assert not unwanted & set(hub.transferred)
     assert len(hub.transferred) == 6 + 2 + 3
@@ -131,12 +74,21 @@ def test_what_will_happen_is_shown_first(hub: FakeHub, tmp_path: Path) -> None:
         assert fact in text
 
 
-def test_blackmamba_alone_brings_its_tokenizer(hub: FakeHub, tmp_path: Path) -> None:
-    folders = download(["blackmamba"], hf_home=tmp_path, echo=lambda _: None)
-    assert [folder.name for folder in folders] == [
-        BLACKMAMBA.revision,
-        GPT_NEOX_TOKENIZER.revision,
-    ]
+def test_blackmamba_alone_brings_its_tokenizer_and_is_converted(hub: FakeHub, tmp_path: Path) -> None:
+    lines: list[str] = []
+    (folder,) = download(["blackmamba"], hf_home=tmp_path, echo=lines.append)
+    cache = tmp_path / "hub"
+    for repo in (BLACKMAMBA, GPT_NEOX_TOKENIZER):
+        assert why_incomplete(snapshot_folder(cache, repo), repo) is None
+    assert folder == converted_folder(cache, BLACKMAMBA) == find_checkpoint("blackmamba", cache)
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= {path.name for path in folder.iterdir()}
+    provenance = json.loads((folder / "tunescope.json").read_text())
+    assert provenance["revision"] == BLACKMAMBA.revision
+    assert provenance["tokenizer_revision"] == GPT_NEOX_TOKENIZER.revision
+    shown = next(line for line in lines if "to be converted" in line)
+    assert str(folder) in shown
+    assert "GiB more" in shown
+    assert lines[-1] == f"{BLACKMAMBA.repo_id}: converted, in {folder}"
 
 
 def test_a_dry_run_shows_the_same_and_writes_nothing(hub: FakeHub, tmp_path: Path) -> None:
@@ -146,7 +98,8 @@ def test_a_dry_run_shows_the_same_and_writes_nothing(hub: FakeHub, tmp_path: Pat
     wet: list[str] = []
     download(hf_home=tmp_path, echo=wet.append)
     # Up to the free space, which moves between the two.
-    assert [line.split("(")[0] for line in dry[:3]] == [line.split("(")[0] for line in wet[:3]]
+    assert [line.split("(")[0] for line in dry[:4]] == [line.split("(")[0] for line in wet[:4]]
+    assert "to be converted" in dry[3]
     assert "nothing was transferred" in dry[-1]
 
 
@@ -158,7 +111,70 @@ def test_a_second_run_asks_the_hub_nothing(hub: FakeHub, tmp_path: Path) -> None
     assert download(hf_home=tmp_path, echo=lines.append) == first
     assert hub.looked_up == []
     assert hub.transferred == []
-    assert sum("already complete" in line for line in lines) == 3
+    assert sum("already complete" in line for line in lines) == len(lines) == 2
+
+
+def test_what_is_converted_needs_its_download_no_more(hub: FakeHub, tmp_path: Path) -> None:
+    (folder,) = download(["blackmamba"], hf_home=tmp_path, echo=lambda _: None)
+    shutil.rmtree(tmp_path / "hub")
+    hub.transferred.clear()
+    assert download(["blackmamba"], hf_home=tmp_path, echo=lambda _: None) == [folder]
+    assert hub.transferred == []
+    assert find_checkpoint("blackmamba", tmp_path / "hub") == folder
+
+
+def fail_to_convert(patch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def failing(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    patch.setattr("tunescope.models.blackmamba.checkpoint_folder.save_file", failing)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (OSError(errno.ENOSPC, "No space left"), UserError, "became full"),
+    ],
+)
+def test_a_conversion_broken_off_starts_over_without_the_hub(
+    hub: FakeHub, tmp_path: Path, error: BaseException, raised: type[BaseException], message: str | None
+) -> None:
+    cache = tmp_path / "hub"
+    with pytest.MonkeyPatch.context() as patch:
+        fail_to_convert(patch, error)
+        with pytest.raises(raised, match=message):
+            download(["blackmamba"], hf_home=tmp_path, echo=lambda _: None)
+    assert find_checkpoint("blackmamba", cache) is None
+    assert find_unconverted("blackmamba", cache) == snapshot_folder(cache, BLACKMAMBA)
+    assert [path.suffix for path in files_under(tmp_path / "tunescope")] == [".lock"]
+    hub.looked_up.clear()
+    lines: list[str] = []
+    download(["blackmamba"], hf_home=tmp_path, echo=lines.append)
+    assert hub.looked_up == []
+    assert sum("already complete, nothing to transfer" in line for line in lines) == 2
+    assert find_unconverted("blackmamba", cache) is None
+
+
+def test_a_checkpoint_that_is_not_what_it_says_is_downloaded_but_not_used(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt = CONTENT[BLACKMAMBA.repo_id] | {"pytorch_model.bin": b"w" * 900}
+    monkeypatch.setitem(CONTENT, BLACKMAMBA.repo_id, spoilt)
+    with pytest.raises(UserError, match="no checkpoint that torch can read"):
+        download(["blackmamba"], hf_home=tmp_path, echo=lambda _: None)
+    assert find_checkpoint("blackmamba", tmp_path / "hub") is None
+
+
+def test_without_torch_the_download_is_kept_and_says_what_is_missing(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "tunescope.models.blackmamba.checkpoint_folder", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="downloaded but not converted: torch is not installed") as caught:
+        download(["blackmamba"], hf_home=tmp_path, echo=lambda _: None)
+    assert "requirements.txt" in caught.value.cure
+    assert find_unconverted("blackmamba", tmp_path / "hub") is not None
 
 
 def test_an_interrupted_run_counts_only_what_is_missing(hub: FakeHub, tmp_path: Path) -> None:
@@ -176,18 +192,35 @@ def test_an_interrupted_run_counts_only_what_is_missing(hub: FakeHub, tmp_path: 
     assert "1000.00 GiB to transfer" in lines[0]
 
 
-def test_the_disk_is_checked_for_all_models_before_anything_is_written(
+def wanted_bytes(repo: HubRepo) -> int:
+    files = huggingface_hub.utils.filter_repo_objects(CONTENT[repo.repo_id], allow_patterns=list(repo.patterns))
+    return sum(len(CONTENT[repo.repo_id][name]) for name in files)
+
+
+def test_the_disk_is_checked_for_all_models_and_conversions_before_anything_is_written(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Room for either model with the reserve, but not for both.
-    free_bytes = 2**30 + 5500
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free_bytes))
-    with pytest.raises(UserError, match="Nothing was transferred") as caught:
+    needed = sum(wanted_bytes(repo) for repo in (MIXTRAL, BLACKMAMBA, GPT_NEOX_TOKENIZER, BLACKMAMBA))
+    free = SimpleNamespace(free=2**30 + needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(UserError, match=r"download needs .* conversion needs .* Nothing was transferred") as caught:
         download(hf_home=tmp_path, echo=lambda _: None)
     assert "HF_HOME" in caught.value.cure
     assert hub.transferred == []
     assert files_under(tmp_path) == []
-    download(["mixtral"], hf_home=tmp_path, echo=lambda _: None)
+    free.free += 1
+    download(hf_home=tmp_path, echo=lambda _: None)
+
+
+def test_the_disk_is_checked_again_before_a_conversion(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30 + 10**6 * (not hub.transferred))
+    )  # something else fills the disk meanwhile
+    with pytest.raises(UserError, match=r"The conversion needs .* Nothing was converted"):
+        download(["blackmamba"], hf_home=tmp_path, echo=lambda _: None)
+    assert find_unconverted("blackmamba", tmp_path / "hub") is not None
 
 
 def test_an_unknown_model_is_refused_before_anything_is_asked(hub: FakeHub, tmp_path: Path) -> None:
@@ -276,51 +309,6 @@ def test_the_token_is_neither_shown_nor_written(hub: FakeHub, tmp_path: Path, mo
     assert not any(b"hf_secret" in path.read_bytes() for path in files_under(tmp_path))
 
 
-class SmallHub(BaseHTTPRequestHandler):
-    """As much of the Hub's HTTP interface as a download of BlackMamba needs."""
-
-    requests: list[tuple[str, str, str | None]]
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
-        byte_range = self.headers.get("Range")
-        self.requests.append((self.command, self.path, byte_range))
-        match = re.match(r"(?:/api/models)?/([^/]+/[^/]+)/(revision|resolve)/(\w+)(?:/([^?]+))?", self.path)
-        repo_id, kind, revision, name = match.groups() if match else ("", "", "", "")
-        files = CONTENT.get(repo_id, {})
-        if kind == "revision":
-            siblings = [{"rfilename": key, "size": len(data), "blobId": etag_of(data)} for key, data in files.items()]
-            info = {"id": repo_id, "sha": revision, "siblings": siblings}
-            self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-        elif kind == "resolve" and name in files:
-            data, headers = files[name], {"X-Repo-Commit": revision}
-            headers["ETag"] = f'"{etag_of(data)}"'
-            start = int(byte_range.removeprefix("bytes=").split("-")[0]) if byte_range else 0
-            if start:
-                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            self._send(206 if start else 200, data[start:], headers)
-        else:
-            self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def small_hub() -> Iterator[str]:
     SmallHub.requests = []
@@ -351,25 +339,33 @@ def run_download(endpoint: str, hf_home: Path, **environ: str) -> subprocess.Com
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_real_client_fetches_resumes_and_stays_offline(small_hub: str, tmp_path: Path) -> None:
+def test_the_real_client_fetches_resumes_converts_and_stays_offline(small_hub: str, tmp_path: Path) -> None:
+    cache = tmp_path / "hub"
     weights = CONTENT[BLACKMAMBA.repo_id]["pytorch_model.bin"]
-    blobs = repo_folder(tmp_path / "hub", BLACKMAMBA.repo_id) / "blobs"
+    blobs = repo_folder(cache, BLACKMAMBA.repo_id) / "blobs"
     blobs.mkdir(parents=True)
     (blobs / f"{etag_of(weights)}.incomplete").write_bytes(weights[:400])
 
     first = run_download(small_hub, tmp_path)
     assert first.returncode == 0, first.stderr
-    folder = find_checkpoint("blackmamba", tmp_path / "hub")
-    assert folder is not None
-    assert (folder / "pytorch_model.bin").read_bytes() == weights
-    assert {path.name for path in folder.iterdir()} == {"config.json", "pytorch_model.bin"}
+    snapshot = snapshot_folder(cache, BLACKMAMBA)
+    assert (snapshot / "pytorch_model.bin").read_bytes() == weights
+    assert {path.name for path in snapshot.iterdir()} == {"config.json", "pytorch_model.bin"}
     weight_path = f"/{BLACKMAMBA.repo_id}/resolve/{BLACKMAMBA.revision}/pytorch_model.bin"
     assert ("GET", weight_path, "bytes=400-") in SmallHub.requests
     assert ("GET", weight_path, None) not in SmallHub.requests
 
+    folder = find_checkpoint("blackmamba", cache)
+    assert folder is not None
+    assert f"converted, in {folder}" in first.stdout
+    assert "Converting Zyphra/BlackMamba-2.8B: 100%" in first.stderr
+    with safe_open(next(folder.glob("model-00001-of-*.safetensors")), "pt") as shard:
+        found = shard.get_tensor("model.embeddings.weight")
+    assert torch.equal(found, random_original(TINY)["embedding.word_embeddings.weight"])
+
     second = run_download("http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")
     assert second.returncode == 0, second.stderr
-    assert second.stdout.count("already complete") == 2
+    assert second.stdout.count("already complete") == 1
 
 
 def test_the_real_client_without_a_network(tmp_path: Path) -> None:

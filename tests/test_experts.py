@@ -25,11 +25,11 @@ from tunescope import results
 from tunescope.analyze import experts as analyze
 from tunescope.config import Point, Protocol
 from tunescope.expert_tokens import AFTER, BEFORE, EXPERT_TOKENS_FILE, EXPERT_TOKENS_SCHEMA
+from tunescope.families.mixtral import MIXTRAL, MIXTRAL_TINY
 from tunescope.measure import experts
 from tunescope.measure.energy import EnergyMeter
 from tunescope.measure.experts import ExpertProbe, RouterCounter
 from tunescope.measure.steps import StepRecorder
-from tunescope.models import architectures
 from tunescope.train.engine import run_workload
 from tunescope.train.probe import probe_queries
 
@@ -50,7 +50,7 @@ def one_thread() -> Iterator[None]:
 
 def tiny_model(top_k: int = 2, *, wrapped: bool = False, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    config = architectures.config_at(architectures.built_in_config("tiny"), NUM_LAYERS, top_k)
+    config = MIXTRAL.config_at(MIXTRAL_TINY, NUM_LAYERS, top_k)
     model = MixtralForCausalLM(MixtralConfig(**config)).to(dtype)
     if not wrapped:
         return model

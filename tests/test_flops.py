@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunescope.flops import ForwardFlop, forward_flop, train_flop
-from tunescope.models.architectures import MIXTRAL_8X7B, MIXTRAL_TINY, config_at
+from tunescope.families.mixtral import MIXTRAL, MIXTRAL_8X7B, MIXTRAL_TINY
+from tunescope.flops import ForwardFlop, train_flop
 
 RECIPE = {"lora_rank": 16, "lora_target": "w1,w2,w3,gate"}
 NO_LORA = {"lora_rank": 16, "lora_target": ""}
@@ -17,42 +17,53 @@ ATTENTION_WEIGHTS = 2 * 4096 * 4096 + 2 * 4096 * 1024  # 41,943,040
 ROUTER_WEIGHTS = 4096 * 8
 
 flop_counts = st.floats(1.0, 1e12)
+forwards = st.builds(
+    ForwardFlop,
+    frozen=flop_counts,
+    trained=flop_counts,
+    head=flop_counts,
+    head_is_trained=st.booleans(),
+    attention_per_key=flop_counts,
+)
+
+
+forward_flop = MIXTRAL.forward_flop
 
 
 def mixtral(top_k: int, recipe: dict[str, Any] = RECIPE) -> ForwardFlop:
-    return forward_flop(config_at(MIXTRAL_8X7B, 32, top_k), recipe)
+    return forward_flop(MIXTRAL.config_at(MIXTRAL_8X7B, 32, top_k), recipe)
 
 
 def test_active_weights_of_sparse_mixtral_by_hand() -> None:
     per_layer = ATTENTION_WEIGHTS + ROUTER_WEIGHTS + 2 * EXPERT_WEIGHTS
-    assert mixtral(2).layers == 2 * 32 * per_layer
+    assert mixtral(2).frozen == 2 * 32 * per_layer
     assert mixtral(2).head == 2 * 4096 * 32000
 
 
 def test_active_parameters_are_those_mistral_states() -> None:
     """ "12.9B active parameters": linears, the head and the embedding table (looked up, no FLOP), and norms."""
-    linears = (mixtral(2).layers + mixtral(2).head) / 2
+    linears = (mixtral(2).frozen + mixtral(2).head) / 2
     embedding, norms = 32000 * 4096, (2 * 32 + 1) * 4096
     assert linears + embedding + norms == pytest.approx(12.88e9, rel=1e-3)
-    everything = (mixtral(8).layers + mixtral(8).head) / 2 + embedding + norms
+    everything = (mixtral(8).frozen + mixtral(8).head) / 2 + embedding + norms
     assert everything == pytest.approx(46.70e9, rel=1e-3)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4, 8])
 def test_sparsity_changes_the_experts_and_nothing_else(top_k: int) -> None:
     dense, other = mixtral(8), mixtral(top_k)
-    assert dense.layers - other.layers == 2 * 32 * (8 - top_k) * EXPERT_WEIGHTS
+    assert dense.frozen - other.frozen == 2 * 32 * (8 - top_k) * EXPERT_WEIGHTS
     assert (dense.head, dense.attention_per_key) == (other.head, other.attention_per_key)
     # Each expert's w1 and w3 map 4096 to 14336, w2 back: rank 16 on in + out features, three times.
-    assert dense.lora - other.lora == 2 * 32 * (8 - top_k) * 3 * 16 * (4096 + 14336)
+    assert dense.trained - other.trained == 2 * 32 * (8 - top_k) * 3 * 16 * (4096 + 14336)
 
 
 def test_adapters_by_hand() -> None:
     experts, router = 2 * 3 * 16 * (4096 + 14336), 16 * (4096 + 8)
-    assert mixtral(2).lora == 2 * 32 * (experts + router)
-    assert mixtral(2, NO_LORA).lora == 0
+    assert mixtral(2).trained == 2 * 32 * (experts + router)
+    assert mixtral(2, NO_LORA).trained == 0
     attention_only = mixtral(2, {"lora_rank": 8, "lora_target": "q_proj, k_proj,v_proj,o_proj"})
-    assert attention_only.lora == 2 * 32 * 8 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
+    assert attention_only.trained == 2 * 32 * 8 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
 
 
 def test_attention_by_hand() -> None:
@@ -61,10 +72,10 @@ def test_attention_by_hand() -> None:
 
 
 def test_depth_scales_everything_but_the_head() -> None:
-    full, half = mixtral(2), forward_flop(config_at(MIXTRAL_8X7B, 16, 2), RECIPE)
-    assert (2 * half.layers, 2 * half.lora, 2 * half.attention_per_key) == (
-        full.layers,
-        full.lora,
+    full, half = mixtral(2), forward_flop(MIXTRAL.config_at(MIXTRAL_8X7B, 16, 2), RECIPE)
+    assert (2 * half.frozen, 2 * half.trained, 2 * half.attention_per_key) == (
+        full.frozen,
+        full.trained,
         full.attention_per_key,
     )
     assert half.head == full.head
@@ -77,19 +88,19 @@ def test_head_width_may_be_left_to_the_config() -> None:
 
 def test_a_frozen_base_costs_four_flop_a_weight_and_token_not_six() -> None:
     base_only = mixtral(2, NO_LORA)
-    weights = (base_only.layers + base_only.head) / 2
+    weights = (base_only.frozen + base_only.head) / 2
     assert train_flop(base_only, 100, 0, recompute=False) == 4 * weights * 100
 
 
 def test_adapters_and_attention_cost_three_forwards() -> None:
-    only_lora = ForwardFlop(layers=0, head=0, lora=10, attention_per_key=0)
+    only_lora = ForwardFlop(frozen=0, trained=10, head=0, head_is_trained=False, attention_per_key=0)
     assert train_flop(only_lora, 7, 99, recompute=False) == 3 * 10 * 7
-    only_attention = ForwardFlop(layers=0, head=0, lora=0, attention_per_key=10)
+    only_attention = ForwardFlop(frozen=0, trained=0, head=0, head_is_trained=False, attention_per_key=10)
     assert train_flop(only_attention, 7, 99, recompute=False) == 3 * 10 * 99
 
 
 @given(
-    st.builds(ForwardFlop, flop_counts, flop_counts, flop_counts, flop_counts),
+    forwards,
     st.floats(1, 1e6),
     st.floats(1, 1e9),
 )
@@ -97,12 +108,12 @@ def test_recompute_is_one_more_forward_of_the_layers_without_the_head(
     forward: ForwardFlop, tokens: float, keys: float
 ) -> None:
     extra = train_flop(forward, tokens, keys, recompute=True) - train_flop(forward, tokens, keys, recompute=False)
-    expected = (forward.layers + forward.lora) * tokens + forward.attention_per_key * keys
+    expected = (forward.frozen + forward.trained) * tokens + forward.attention_per_key * keys
     assert extra == pytest.approx(expected, rel=1e-6, abs=1e-9 * train_flop(forward, tokens, keys, recompute=True))
 
 
 @given(
-    st.builds(ForwardFlop, flop_counts, flop_counts, flop_counts, flop_counts),
+    forwards,
     st.integers(1, 64),
     st.integers(1, 1024),
     st.integers(0, 512),
@@ -128,4 +139,4 @@ def test_all_linears_are_adapted_where_the_recipe_says_all() -> None:
     named = "w1,w2,w3,gate,q_proj,k_proj,v_proj,o_proj"
     every, each = (forward_flop(MIXTRAL_8X7B, {"lora_rank": 16, "lora_target": target}) for target in ("all", named))
     assert every == each
-    assert every.lora > forward_flop(MIXTRAL_8X7B, {"lora_rank": 16, "lora_target": "w1,w2,w3,gate"}).lora
+    assert every.trained > forward_flop(MIXTRAL_8X7B, {"lora_rank": 16, "lora_target": "w1,w2,w3,gate"}).trained

@@ -13,7 +13,7 @@ import tunescope
 PACKAGE = Path(tunescope.__file__).parent
 BASE = {
     "config", "hardware", "gpus", "checkpoints", "results", "latency_files", "expert_tokens", "locking", "errors",
-    "flops", "paper",
+    "flops", "paper", "families", "presets",
 }  # fmt: skip
 # A -> what A may import besides itself, as written in DESIGN.md: only direct arrows, and what they lead to.
 MAY_IMPORT = {

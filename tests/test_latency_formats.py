@@ -46,7 +46,7 @@ def as_long(frames: dict[str, Any]) -> dict[tuple[Any, ...], float]:
     ids = {
         "phases": ("phase",),
         "layers": ("layer", "part", "phase"),
-        "operators": ("layer", "label", "phase"),
+        "operators": ("layer", "part", "label", "phase"),
         "memory": ("layer", "part", "phase"),
         "memory_parts": ("part",),
     }
@@ -74,7 +74,7 @@ def test_csv_and_json_agree_in_every_number(latency_once: Path, capsys: pytest.C
     found = {}
     for row in from_csv.to_dict("records"):
         layer = () if pd.isna(row["layer"]) else (int(row["layer"]),)
-        names = [row[name] for name in ("item", "phase") if isinstance(row[name], str)]
+        names = [row[name] for name in ("part", "item", "phase") if isinstance(row[name], str)]
         found[row["point_id"], row["table"], *layer, *names, row["quantity"]] = row["value"]
     assert len(found) == len(from_csv)
     assert found == pytest.approx(wanted, rel=1e-12)
@@ -104,11 +104,10 @@ def test_text_shows_the_numbers_of_json(latency_once: Path, capsys: pytest.Captu
         assert row["step"] == number(sum(of_phase.values()) - of_phase[files.RECOMPUTE])
         assert row["steps"] == str(NUM_TIMED_STEPS)
 
-        def summed(table: str, item: str, phase: str, quantity: str, point_id: str = point_id) -> float:
+        def summed(table: str, *names: str, point_id: str = point_id) -> float:
+            """Over layers. names: the part, of operators the label too, phase and quantity."""
             return sum(
-                value
-                for key, value in numbers.items()
-                if (key[0], key[1], *key[3:]) == (point_id, table, item, phase, quantity)
+                value for key, value in numbers.items() if (key[0], key[1], *key[3:]) == (point_id, table, *names)
             )
 
         title = f"mixtral random len 128 {sparsity} batch 1"
@@ -127,7 +126,9 @@ def test_text_shows_the_numbers_of_json(latency_once: Path, capsys: pytest.Captu
         figure6 = text[f"Figure 6 from the profiler: operators of moe, sum of 2 layers, {title}"]
         for row in figure6.rows:
             for column, phase in zip((1, 4, 7), PASSES, strict=True):
-                busy_ns, launches = (summed("operators", row[0], phase, name) for name in ("busy_ns", "num_launches"))
+                busy_ns, launches = (
+                    summed("operators", "moe", row[0], phase, name) for name in ("busy_ns", "num_launches")
+                )
                 each = number(busy_ns / launches / 1e3) if launches else "-"
                 shown = [number(busy_ns / 1e6), number(launches), each] if launches else ["-"] * 3
                 assert row[column : column + 3] == shown

@@ -135,7 +135,7 @@ def test_every_nanosecond_of_work_is_in_one_cell(name: str, points: dict[str, La
 @pytest.mark.parametrize("name", RECORDED)
 def test_operators_add_up_to_their_part(name: str, points: dict[str, LatencyPoint]) -> None:
     point = points[name]
-    assert point.op_part == "moe"
+    assert point.op_parts == ("moe",)
     operators, layers = point.operators(), point.layers()
     values = ["busy_ns", "num_launches"]
     of_moe = layers[layers["part"] == "moe"].set_index(["layer", "phase"])[values].sort_index()

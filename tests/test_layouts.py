@@ -12,8 +12,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
 )
 
 from tunescope import paper
@@ -23,13 +23,15 @@ from tunescope.analyze.layouts import (
     HEAD,
     LAYER_ITSELF,
     LAYOUTS,
-    MIXTRAL,
     OUTSIDE_LAYERS,
     Division,
 )
+from tunescope.families import find_family
+from tunescope.families.family import OpRule
+from tunescope.families.mixtral import MIXTRAL as FAMILY
+from tunescope.families.mixtral import MIXTRAL_TINY
 from tunescope.measure.module_calls import ModuleCalls
 from tunescope.measure.phases import decoder_layers
-from tunescope.models import architectures
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -56,7 +58,7 @@ def table(**classes: str) -> pd.DataFrame:
 
 
 def mixtral(*, wrapped: bool) -> Any:
-    config = architectures.config_at(architectures.built_in_config("tiny"), 2, 2)
+    config = FAMILY.config_at(MIXTRAL_TINY, 2, 2)
     model = MixtralForCausalLM(MixtralConfig(**config))
     if not wrapped:
         return model
@@ -76,7 +78,7 @@ def divided(request: Any) -> tuple[Any, Division, str]:
 
 def test_every_module_of_mixtral_has_its_place(divided: tuple[Any, Division, str]) -> None:
     model, division, prefix = divided
-    assert division.layout is MIXTRAL
+    assert division.layout is FAMILY.layout
     within = {
         "input_layernorm": "input_norm",
         "self_attn": "attention",
@@ -140,9 +142,8 @@ def test_llama_is_divided_by_its_own_names() -> None:
     assert parts == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
 
-def test_qwen3_moe_is_divided_by_its_own_names_and_experts_are_no_layers() -> None:
-    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **HEADS, **moe))
+def test_an_unknown_mixture_is_divided_by_its_own_names_and_experts_are_no_layers() -> None:
+    model = OlmoeForCausalLM(OlmoeConfig(**SMALL, **HEADS, num_experts=4, num_experts_per_tok=2))
     division = Division(modules_of(model))
     assert division.layout is None
     assert division.place("model.layers.1.mlp.experts.3.up_proj") == (1, "mlp", ".mlp.experts.3.up_proj")
@@ -204,23 +205,32 @@ def test_a_mixtral_of_one_layer_has_one_layer() -> None:
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def labels_of_rules() -> set[str]:
-    """All that the rules can give: {1} stands for one of the three matrices."""
-    return {rule.label.replace("{1}", name) for rule in MIXTRAL.op_rules for name in ("w1", "w2", "w3")}
+def labels_of(rule: OpRule) -> set[str]:
+    """All that a rule can give: {1} stands for the names between which its path's last group chooses."""
+    if "{1}" not in rule.label:
+        return {rule.label}
+    names = re.search(r"\(([^()?]+)\)", rule.path)[1]
+    alternatives = [f"w{number}" for number in (1, 2, 3)] if names == "w[123]" else names.split("|")
+    return {rule.label.replace("{1}", name) for name in alternatives}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_the_order_of_operators_has_every_label_once(layout: Any) -> None:
     assert len(set(layout.op_order)) == len(layout.op_order)
-    assert set(layout.op_order) == labels_of_rules()
-    assert layout.op_part in layout.parts
+    rules = [rule for rules in layout.operators.values() for rule in rules]
+    assert set(layout.op_order) == set.union(*map(labels_of, rules))
+    assert set(layout.operators) <= set(layout.parts)
 
 
-def test_the_papers_operators_have_our_names() -> None:
-    named = {row["kernel"] for row in paper.rows("kernel_latency") if row["model"] == "mixtral"}
-    assert named <= set(MIXTRAL.op_order)
-    parts = {row["layer"] for row in paper.rows("layer_latency") if row["model"] == "mixtral"}
-    assert parts == set(MIXTRAL.parts)
+@pytest.mark.parametrize("model", ["mixtral", "blackmamba"])
+def test_the_papers_operators_have_our_names(model: str) -> None:
+    layout = find_family(model).layout
+    named = {row["kernel"] for row in paper.rows("kernel_latency") if row["model"] == model}
+    assert named
+    assert named <= set.union(*map(labels_of, layout.operators["moe"]))
+    assert next(iter(layout.operators)) == "moe"
+    parts = {row["layer"] for row in paper.rows("layer_latency") if row["model"] == model}
+    assert parts == set(layout.parts)
 
 
 BLOCK, GATE, EXPERT = ".block_sparse_moe", ".block_sparse_moe.gate", ".block_sparse_moe.experts.5"
@@ -275,25 +285,26 @@ OPERATORS: list[tuple[tuple[str, str, str, str, str], str]] = [
 @pytest.mark.parametrize(("work", "label"), OPERATORS, ids=["|".join(work[:4]) for work, _ in OPERATORS])
 def test_label_of_an_operator(work: tuple[str, str, str, str, str], label: str) -> None:
     division = Division(table(_root="MixtralForCausalLM", moe="MixtralSparseMoeBlock"))
-    assert division.op_label(*work) == label
+    assert division.op_label("moe", *work) == label
 
 
 def test_every_label_has_a_case() -> None:
     decoding = {f"matmul({name}) decoding" for name in ("w1", "w3")}
-    assert {label for _, label in OPERATORS} | decoding | {"w3_dequant"} == labels_of_rules()
+    rules = FAMILY.layout.operators["moe"]
+    assert {label for _, label in OPERATORS} | decoding | {"w3_dequant"} == set.union(*map(labels_of, rules))
 
 
 def test_a_copy_in_an_adapters_linear_is_no_product() -> None:
     division = Division(table(_root="MixtralForCausalLM", moe="MixtralSparseMoeBlock"))
     work = (f"{EXPERT}.w1.lora_A.default", "", "aten::linear", "aten::copy_", "bfloat16_copy_kernel_cuda")
-    assert division.op_label(*work) == "casts and copies"
+    assert division.op_label("moe", *work) == "casts and copies"
 
 
 def test_a_sum_of_gradients_is_no_shift_of_scales() -> None:
     """Autograd adds up the gradients of an expert's input in the node that comes last; scales are never bf16."""
     division = Division(table(_root="MixtralForCausalLM", moe="MixtralSparseMoeBlock"))
     work = (f"{EXPERT}.w1.base_layer", BACKWARD, "aten::add_", "aten::add_", ADD_BF16)
-    assert division.op_label(*work) != "scales_dequant"
+    assert division.op_label("moe", *work) != "scales_dequant"
 
 
 def test_every_module_of_the_moe_layer_is_known_for_what_it_mainly_does(divided: tuple[Any, Division, str]) -> None:
@@ -306,7 +317,7 @@ def test_every_module_of_the_moe_layer_is_known_for_what_it_mainly_does(divided:
         _, part, below = division.place(path)
         op = mains.get(type(module).__name__)
         if part == "moe" and op is not None:
-            label = division.op_label(below, "", op, op, op)
+            label = division.op_label("moe", below, "", op, op, op)
             assert label != "other", path
             seen.add(label)
     matrices = {"matmul(w1)", "matmul(w2)", "matmul(w3)", "matmul(router)", "activation", "elementwise_mult", "topk"}
@@ -332,4 +343,4 @@ def test_every_module_of_the_moe_layer_is_known_for_what_it_mainly_does(divided:
 )
 def test_operators_of_any_model_are_named_by_kind(node: str, outer_op: str, op: str, label: str) -> None:
     division = Division(table(_root="LlamaForCausalLM"))
-    assert division.op_label(".mlp", node, outer_op, op, op) == label
+    assert division.op_label("mlp", ".mlp", node, outer_op, op, op) == label

@@ -20,10 +20,11 @@ from tunescope.config import (
 )
 from tunescope.data import files
 from tunescope.errors import UserError
+from tunescope.families.mixtral import MIXTRAL_8X7B, MIXTRAL_TINY
 from tunescope.gpus import Gpu, GpuInventory
+from tunescope.hardware import GIB
 from tunescope.measure import inputs, plan
 from tunescope.measure.plan import Options, Plan, PointSpec, make_plan
-from tunescope.models.architectures import GIB, MIXTRAL_8X7B, MIXTRAL_TINY
 from tunescope.train.workload import Workload
 
 ROW = {"instruction": "w1", "input": "", "output": "w2"}
@@ -57,7 +58,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
     found: list[Gpu] = []
     monkeypatch.setattr(plan, "list_gpus", lambda: GpuInventory(gpus=tuple(found)))
     monkeypatch.setattr(inputs.checkpoints, "find_checkpoint", lambda model: None)
-    recipe = plan.recipes.recipe_folder() / plan.recipes.RECIPES["mixtral"]
+    recipe = plan.recipes.recipe_folder() / "mixtral_qlora.yaml"
     (tmp_path / "recipes" / "data").mkdir(parents=True)
     (tmp_path / "recipes" / recipe.name).write_text(recipe.read_text())
     monkeypatch.setattr(plan.recipes, "recipe_folder", lambda: tmp_path / "recipes")
@@ -181,7 +182,7 @@ def test_identity_changes_with_the_gpu_the_stack_and_the_recipe(
     with monkeypatch.context() as patch:
         patch.setattr(plan, "package_versions", lambda names=(): {"torch": "9.9.9"})
         assert recipe_hash(only_spec()) != before
-    recipe = plan.recipes.recipe_folder() / plan.recipes.RECIPES["mixtral"]
+    recipe = plan.recipes.recipe_folder() / "mixtral_qlora.yaml"
     recipe.write_text(recipe.read_text().replace("lora_rank: 16", "lora_rank: 8"))
     assert recipe_hash(only_spec()) != before
 

@@ -5,18 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunescope.errors import UserError
-from tunescope.hardware import DEVICES
-from tunescope.models.architectures import (
-    GIB,
+from tunescope.families.family import NF4_BLOCK_WEIGHTS
+from tunescope.families.mixtral import (
+    MIXTRAL,
     MIXTRAL_8X7B,
     MIXTRAL_TINY,
-    NF4_BLOCK_WEIGHTS,
-    choose_size,
-    config_at,
     linear_weights_per_layer,
     nf4_weight_bytes,
-    with_budget,
 )
+from tunescope.hardware import DEVICES
+from tunescope.presets import GIB, choose_size, with_budget
 
 # The driver of each reports somewhat less than the sheet prints.
 REPORTED_GIB = {24: 22.06, 32: 31.4, 48: 44.4, 80: 79.1, 141: 139.8}
@@ -24,7 +22,7 @@ REPORTED_GIB = {24: 22.06, 32: 31.4, 48: 44.4, 80: 79.1, 141: 139.8}
 
 def size(memory_gib: float | None, wanted: str = "auto", own_model: bool = False):
     memory_bytes = None if memory_gib is None else round(memory_gib * GIB)
-    return choose_size(MIXTRAL_8X7B, wanted, memory_bytes, own_model=own_model)
+    return choose_size(MIXTRAL, MIXTRAL_8X7B, wanted, memory_bytes, own_model=own_model)
 
 
 # --- bytes ---
@@ -38,7 +36,7 @@ def test_nf4_bytes_of_full_mixtral_are_those_measured() -> None:
 def test_linears_of_a_layer_by_hand() -> None:
     attention = 2 * 4096 * 4096 + 2 * 4096 * 1024
     assert linear_weights_per_layer(MIXTRAL_8X7B) == attention + 4096 * 8 + 8 * 3 * 4096 * 14336
-    assert linear_weights_per_layer(MIXTRAL_8X7B) == linear_weights_per_layer(config_at(MIXTRAL_8X7B, 4, 8))
+    assert linear_weights_per_layer(MIXTRAL_8X7B) == linear_weights_per_layer(MIXTRAL.config_at(MIXTRAL_8X7B, 4, 8))
 
 
 def test_bytes_are_affine_in_depth() -> None:
@@ -59,7 +57,7 @@ def test_a_packed_weight_takes_a_little_over_half_a_byte() -> None:
 
 
 def test_config_at_changes_depth_and_sparsity_only() -> None:
-    changed = config_at(MIXTRAL_8X7B, 4, 8)
+    changed = MIXTRAL.config_at(MIXTRAL_8X7B, 4, 8)
     differing = {key for key in changed if changed[key] != MIXTRAL_8X7B[key]}
     assert differing == {"num_hidden_layers", "num_experts_per_tok"}
     assert MIXTRAL_8X7B["num_hidden_layers"] == 32

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tunescope import paper
 from tunescope.errors import UserError
 from tunescope.results import digest
-from tunescope.train.recipe import RECIPES, check_recipe, load_recipe, recipe_folder, with_overrides
+from tunescope.train.recipe import check_recipe, load_recipe, recipe_folder, with_overrides
 
-MIXTRAL = recipe_folder() / RECIPES["mixtral"]
+MIXTRAL = recipe_folder() / "mixtral_qlora.yaml"
 
 settings_dicts = st.dictionaries(
     st.text(string.ascii_lowercase + "_", min_size=1, max_size=8),

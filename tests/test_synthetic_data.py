@@ -12,7 +12,7 @@ from tunescope import paper
 from tunescope.config import Point
 from tunescope.data import synthetic
 from tunescope.errors import UserError
-from tunescope.models.architectures import MIXTRAL_TINY
+from tunescope.families.mixtral import MIXTRAL_TINY
 
 MEDIANS = {"cs": 79, "math": 174}
 TEMPLATE_TOKENS = 4  # <s> [INST] ... [/INST] ... </s>

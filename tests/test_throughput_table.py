@@ -32,8 +32,8 @@ from tunescope import flops, paper
 from tunescope.analyze.throughput import COLUMNS, UNREADABLE, throughput
 from tunescope.config import Point, paper_points
 from tunescope.errors import UserError
+from tunescope.families.mixtral import MIXTRAL
 from tunescope.hardware import find_device
-from tunescope.models import architectures
 from tunescope.report.text import number, text_table
 from tunescope.report.throughput import print_throughput, throughput_text
 
@@ -123,7 +123,7 @@ def test_mfu_by_hand(tmp_path: Path) -> None:
     """Batch 4 of 100 real in 104 slots, 2 s a step, on an A40 of 149.7 dense TFLOP/s."""
     write_point(tmp_path / "p", point(batch=4), [2_000 * MS] * 23)
     row = only_row(tmp_path)
-    forward = flops.forward_flop(architectures.config_at(architectures.MIXTRAL_8X7B, 32, 2), recipe())
+    forward = MIXTRAL.forward_flop(MIXTRAL.config_at(MIXTRAL.full, 32, 2), recipe())
     peak = 149.7e12 * 2
     model = flops.train_flop(forward, 400, 4 * 100**2 / 2, recompute=False)
     hardware = flops.train_flop(forward, 416, 4 * 104**2 / 2, recompute=True)
@@ -189,7 +189,7 @@ def test_tiny_has_the_papers_value_beside_it_but_no_ratio(tmp_path: Path) -> Non
 
 def test_another_model_under_the_same_bar_has_no_ratio(tmp_path: Path) -> None:
     """`--model-path` of a small Mixtral runs in preset full: 20 times faster than the paper, and not at all."""
-    small = architectures.MIXTRAL_8X7B | {"hidden_size": 1024, "intermediate_size": 3584}
+    small = MIXTRAL.full | {"hidden_size": 1024, "intermediate_size": 3584}
     write_point(tmp_path / "p", point(), [50 * MS] * 23, point_changes={"model_config": small})
     write_point(tmp_path / "q", point(num_layers=16, total_layers=16), [50 * MS] * 23)
     assert throughput(tmp_path)["ratio_to_paper"].isna().all()

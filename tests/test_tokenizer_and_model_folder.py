@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tunescope import checkpoints
+from tunescope.families.mixtral import MIXTRAL, MIXTRAL_8X7B, MIXTRAL_TINY
 from tunescope.models import mixtral, tokenizer
-from tunescope.models.architectures import MIXTRAL_8X7B, MIXTRAL_TINY, config_at
 from tunescope.models.folder import build_model_folder
 from tunescope.models.tokenizer import num_words, word
 
@@ -70,7 +70,7 @@ def test_a_full_vocabulary_fits_too(tmp_path: Path) -> None:
 
 
 def test_without_a_source_it_holds_a_config_and_a_tokenizer(tmp_path: Path) -> None:
-    config = config_at(MIXTRAL_TINY, 2, 8)
+    config = MIXTRAL.config_at(MIXTRAL_TINY, 2, 8)
     assert build_model_folder(tmp_path / "model", config, None, 1024) == tokenizer.KIND
     read = AutoConfig.from_pretrained(tmp_path / "model")
     assert (read.num_experts_per_tok, read.num_hidden_layers, read.hidden_size) == (8, 2, 64)
@@ -86,7 +86,7 @@ def test_a_source_is_linked_and_never_changed(tmp_path: Path) -> None:
     (source / "model.safetensors").write_bytes(b"weights")
     (source / "original").mkdir()
     before = {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()}
-    config = config_at(MIXTRAL_TINY, 1, 8)
+    config = MIXTRAL.config_at(MIXTRAL_TINY, 1, 8)
     assert build_model_folder(tmp_path / "model", config, source, 1024) == "checkpoint"
     assert {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()} == before
     assert (tmp_path / "model" / "model.safetensors").resolve() == source / "model.safetensors"
@@ -121,7 +121,7 @@ def test_links_of_a_hub_snapshot_lead_to_its_files(tmp_path: Path) -> None:
 def random_model(tmp_path_factory: pytest.TempPathFactory):
     mixtral.register()
     folder = tmp_path_factory.mktemp("random") / "model"
-    build_model_folder(folder, config_at(MIXTRAL_TINY, 2, 8), None, 1024)
+    build_model_folder(folder, MIXTRAL.config_at(MIXTRAL_TINY, 2, 8), None, 1024)
     return folder, AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
 
 

@@ -19,10 +19,12 @@ from transformers import MixtralForCausalLM as StockMixtral
 from tunescope import results
 from tunescope.config import Point, Protocol
 from tunescope.data import synthetic
+from tunescope.families.family import NF4_BLOCK_WEIGHTS
+from tunescope.families.mixtral import MIXTRAL, MIXTRAL_TINY
 from tunescope.measure.energy import EnergyMeter
 from tunescope.measure.start import MeetLongestBatch, MemoryBudget, RunFacts
 from tunescope.measure.steps import StepRecorder
-from tunescope.models import architectures, mixtral, tokenizer
+from tunescope.models import mixtral, tokenizer
 from tunescope.train import recipe as recipes
 from tunescope.train.engine import run_workload
 from tunescope.train.workload import Workload
@@ -53,7 +55,7 @@ def workload(top_k: int = 2, batch: int = 2, max_steps: int | None = 4, **recipe
     return Workload(
         point=point,
         recipe=recipes.load_recipe(RECIPE) | recipe_changes,
-        model_config=architectures.config_at(architectures.built_in_config("tiny"), 2, top_k),
+        model_config=MIXTRAL.config_at(MIXTRAL_TINY, 2, top_k),
         model_dir=None,
         data_entry=None,
         num_samples=16,
@@ -122,7 +124,7 @@ def test_linears_are_nf4_with_double_quantisation(watched: tuple[Watcher, dict[s
     assert len(quantised) >= 2 * (4 + 1 + 3 * NUM_EXPERTS)
     for module in quantised:
         state = module.weight.quant_state
-        assert (state.quant_type, state.blocksize, state.nested) == ("nf4", architectures.NF4_BLOCK_WEIGHTS, True)
+        assert (state.quant_type, state.blocksize, state.nested) == ("nf4", NF4_BLOCK_WEIGHTS, True)
     assert watcher.model.get_base_model().__class__.__name__ == "MixtralForCausalLM"  # decides how labels are shifted
 
 
@@ -151,6 +153,32 @@ def test_the_longest_batch_is_met_before_the_first_step(tmp_path: Path) -> None:
     first, *steps = Shapes.seen
     assert len(steps) == 6
     assert first == (3, max(slots for _, slots in steps))
+
+
+def test_batches_are_met_by_length_down_to_the_shortest() -> None:
+    """Each has as many queries as a step, and at most half the length of the one before."""
+    seen: list[list[int]] = []
+
+    class Model(torch.nn.Linear):
+        def forward(self, lengths: torch.Tensor) -> Any:
+            seen.append(lengths.tolist())
+            return SimpleNamespace(loss=self.weight.sum())
+
+    queries = [[0] * length for length in (50, 7, 90, 100, 3, 51, 20, 49)]
+    loader = SimpleNamespace(
+        dataset=datasets.Dataset.from_dict({"input_ids": queries}),
+        collate_fn=lambda rows: {"lengths": torch.tensor([len(row["input_ids"]) for row in rows])},
+    )
+    model = Model(1, 1)
+    for by_length, wanted in ((False, [100]), (True, [100, 50, 20, 7, 3])):
+        seen.clear()
+        callback = MeetLongestBatch(by_length=by_length)
+        arguments = SimpleNamespace(per_device_train_batch_size=2, device=torch.device("cpu"))
+        callback.on_train_begin(arguments, None, None, model=model, train_dataloader=loader)
+        assert callback.why_not is None
+        assert [max(lengths) for lengths in seen] == wanted
+        assert {len(lengths) for lengths in seen} == {2}
+        assert model.weight.grad is None
 
 
 def test_a_longest_batch_that_does_not_fit_is_out_of_memory() -> None:
@@ -232,7 +260,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stock Mixtral with weights and a tokenizer, as a user's own folder."""
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
-    StockMixtral(MixtralConfig(**architectures.built_in_config("tiny"))).save_pretrained(folder)
+    StockMixtral(MixtralConfig(**MIXTRAL_TINY)).save_pretrained(folder)
     tokenizer.write_tokenizer(folder, 1024, 1024)
     return folder
 

@@ -75,7 +75,16 @@ def need_of(argv: List[str]) -> str:
         return "base"
     if command in ("run", "train"):
         return "base" if "--dry-run" in argv else "train"
-    return "download" if command == "download" else "base"
+    if command == "download":
+        return "train" if "--dry-run" not in argv and converts(argv) else "download"
+    return "base"
+
+
+def converts(argv: List[str]) -> bool:
+    """Whether a download takes in BlackMamba, whose file torch reads to convert it; all models do if none is named."""
+    named = [value.partition("=")[2] for value in argv if value.startswith("--model=")]
+    named += [value for flag, value in zip(argv, argv[1:]) if flag == "--model"]
+    return not named or "blackmamba" in named
 
 
 def answers_for_training(argv: List[str]) -> bool:

@@ -2,6 +2,9 @@
 
 The table below is the one place that names a Hub repository, its commit and the files wanted.
 Snapshots lie where huggingface_hub puts them: HUB_CACHE/models--OWNER--NAME/snapshots/COMMIT.
+
+BlackMamba's is in a form of its own, which transformers cannot load: what trains is the folder made of it once, in
+HF_HOME/tunescope/NAME-COMMIT (the first 12 digits). Without that folder the download alone is not found.
 """
 
 import json
@@ -50,7 +53,7 @@ BLACKMAMBA = HubRepo(
     repo_id="Zyphra/BlackMamba-2.8B",
     revision="521a77772f0d4052fd9846846471d0d2517739d2",  # the commit the study's launchers name
     patterns=("config.json", "pytorch_model.bin"),
-    required=("config.json",),
+    required=("config.json", "pytorch_model.bin"),
     holds_weights=True,
 )
 GPT_NEOX_TOKENIZER = HubRepo(
@@ -72,6 +75,21 @@ REPOS: dict[str, tuple[HubRepo, ...]] = {
     "mixtral": (MIXTRAL,),
     "blackmamba": (BLACKMAMBA, GPT_NEOX_TOKENIZER),
 }
+CONVERTED = frozenset({"blackmamba"})  # trained from a folder made of the download, see above
+CONVERTED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+# In a converted folder: where it comes from, and which way of converting made it. A new way gets a new number, and
+# folders of the old one are made anew.
+PROVENANCE_FILE = "tunescope.json"
+CONVERSION_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The Hub repository and commit that a model folder comes from."""
+
+    repo_id: str
+    revision: str
+
 
 WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -106,18 +124,52 @@ def repo_folder(cache: Path, repo_id: str) -> Path:
     return cache / ("models--" + repo_id.replace("/", "--"))
 
 
+def snapshot_folder(cache: Path, repo: HubRepo, commit: str | None = None) -> Path:
+    """Where huggingface_hub puts a commit of a repository, the pinned one if none is named."""
+    return repo_folder(cache, repo.repo_id) / "snapshots" / (commit or repo.revision)
+
+
+def converted_folder(cache: Path, repo: HubRepo, commit: str | None = None) -> Path:
+    """Where the folder made of a commit lies, the pinned one if none is named.
+
+    On the disk of the Hub cache, beside it where it is HF_HOME/hub; in it where HF_HUB_CACHE names another folder,
+    whose parent is not ours to fill.
+    """
+    home = cache.parent if cache.name == "hub" else cache
+    return home / "tunescope" / f"{_short_name(repo)}-{(commit or repo.revision)[:12]}"
+
+
 def find_checkpoint(model: str, cache: Path | None = None) -> Path | None:
-    """The folder of a model's complete checkpoint, or None; its name is the commit.
+    """The folder of a model's complete checkpoint, which transformers can load, or None.
 
     The pinned commit comes first; then any other complete one, `main` before the rest, so that
-    weights fetched by another tool are not fetched again.
+    weights fetched by another tool are not fetched again. Where it comes from: :func:`origin_of`.
     """
-    return _find(repos_of(model)[0], cache)
+    repo = repos_of(model)[0]
+    cache = cache or hub_cache()
+    if model not in CONVERTED:
+        return _find_snapshot(repo, cache)
+    folders = [converted_folder(cache, repo, commit) for commit in _commits(repo, cache)]
+    folders += sorted(folders[0].parent.glob(f"{_short_name(repo)}-*"))  # also where the download was deleted
+    return next((folder for folder in folders if why_not_converted(folder) is None), None)
 
 
-def find_tokenizer(model: str, cache: Path | None = None) -> Path | None:
-    """The folder that holds a model's tokenizer, or None: for BlackMamba that of gpt-neox-20b."""
-    return _find(repos_of(model)[-1], cache)
+def find_unconverted(model: str, cache: Path | None = None) -> Path | None:
+    """The complete download of a model that cannot be trained only because it was not converted yet; else None."""
+    cache = cache or hub_cache()
+    if model not in CONVERTED or find_checkpoint(model, cache):
+        return None
+    return _find_snapshot(repos_of(model)[0], cache)
+
+
+def origin_of(folder: Path) -> Origin | None:
+    """Where a snapshot in a Hub cache, or a folder converted from one, comes from; None for any other folder."""
+    if folder.parent.name == "snapshots":
+        return Origin(folder.parent.parent.name.removeprefix("models--").replace("--", "/"), folder.name)
+    if not _holds(folder, PROVENANCE_FILE):
+        return None
+    provenance = read_json(folder / PROVENANCE_FILE)
+    return Origin(str(provenance.get("repo")), str(provenance.get("revision")))
 
 
 def why_incomplete(folder: Path, repo: HubRepo) -> str | None:
@@ -125,12 +177,27 @@ def why_incomplete(folder: Path, repo: HubRepo) -> str | None:
 
     Names and non-zero sizes are enough: huggingface_hub names a file only once it is whole.
     """
+    return _why_incomplete(folder, repo.required, holds_weights=repo.holds_weights)
+
+
+def why_not_converted(folder: Path) -> str | None:
+    """What a converted folder lacks, in words; None if it is whole. It gets its name only then; files can go later."""
+    if reason := _why_incomplete(folder, (*CONVERTED_FILES, PROVENANCE_FILE), holds_weights=True):
+        return reason
+    try:
+        made_by = read_json(folder / PROVENANCE_FILE).get("format")
+    except UserError as error:
+        return error.what.rstrip(".")
+    return None if made_by == CONVERSION_FORMAT else f"{folder} was made by another version of tunescope"
+
+
+def _why_incomplete(folder: Path, required: tuple[str, ...], *, holds_weights: bool) -> str | None:
     if not folder.is_dir():
         return f"{folder} does not exist"
-    for name in repo.required:
+    for name in required:
         if not _holds(folder, name):
             return f"{folder} has no {name}"
-    if not repo.holds_weights:
+    if not holds_weights:
         return None
     try:
         read_json(folder / "config.json")
@@ -161,7 +228,12 @@ def check_model_dir(folder: Path) -> None:
             cause="it is the folder above or below the model's, or the download did not finish.",
             cure="give the folder that holds config.json (in the Hub cache: snapshots/<commit>).",
         )
-    read_json(folder / "config.json")
+    if "mamba_moe_layers" in read_json(folder / "config.json"):
+        raise UserError(
+            f"{folder} holds BlackMamba in its original form, which nothing here trains.",
+            cause="it is the download, or a checkpoint of the original's own program.",
+            cure="python3 model_download.py --model blackmamba converts the download, and names the folder to give.",
+        )
     shards = _weight_files(folder) or []
     if not shards and (stray := sorted(p.name for p in folder.iterdir() if _looks_like_weights(p.name))):
         raise UserError(
@@ -196,19 +268,23 @@ def holds_weights(folder: Path) -> bool:
     return _weight_files(folder) is not None
 
 
-def _find(repo: HubRepo, cache: Path | None) -> Path | None:
-    base = repo_folder(cache or hub_cache(), repo.repo_id)
-    snapshots = base / "snapshots"
+def _find_snapshot(repo: HubRepo, cache: Path) -> Path | None:
+    folders = (snapshot_folder(cache, repo, commit) for commit in _commits(repo, cache))
+    return next((folder for folder in folders if why_incomplete(folder, repo) is None), None)
+
+
+def _commits(repo: HubRepo, cache: Path) -> list[str]:
+    """The pinned commit, that of `main`, and all others of which something was fetched."""
+    base = repo_folder(cache, repo.repo_id)
     main = base / "refs" / "main"
-    commits = [repo.revision]
-    if main.is_file():
-        commits.append(main.read_text().strip())
-    if snapshots.is_dir():
-        commits += sorted(folder.name for folder in snapshots.iterdir())
-    for commit in commits:
-        if commit and why_incomplete(snapshots / commit, repo) is None:
-            return snapshots / commit
-    return None
+    commits = [repo.revision, main.read_text().strip() if main.is_file() else ""]
+    if (base / "snapshots").is_dir():
+        commits += sorted(folder.name for folder in (base / "snapshots").iterdir())
+    return [commit for commit in commits if commit]
+
+
+def _short_name(repo: HubRepo) -> str:
+    return repo.repo_id.rpartition("/")[2].lower()
 
 
 def _weight_files(folder: Path) -> list[str] | None:

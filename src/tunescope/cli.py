@@ -9,8 +9,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from tunescope import __version__
-from tunescope.config import LATENCY, POINTS_HELP, PROFILE_FOLDER, THROUGHPUT
+from tunescope.config import LATENCY, POINTS_HELP, THROUGHPUT
 from tunescope.errors import UserError
+from tunescope.families import FAMILIES, find_family
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -30,16 +31,17 @@ app.add_typer(run_app, name="run")
 app.add_typer(table_app, name="table")
 
 
-Model = Annotated[str, typer.Option(help="mixtral")]
+Model = Annotated[str, typer.Option(help=", ".join(FAMILIES))]
 Preset = Annotated[str, typer.Option(help="auto, full, slice or tiny")]
 GpuIndex = Annotated[int | None, typer.Option(help="which of the visible GPUs; the first if not given")]
 Out = Annotated[Path | None, typer.Option(help="folder of results; below profile_data/ if not given")]
 Points = Annotated[list[str] | None, typer.Option(help=POINTS_HELP)]
 Queries = Annotated[int | None, typer.Option(help="one epoch over so many queries; 1000 is the paper's protocol")]
 Datasets = Annotated[list[str] | None, typer.Option(help="a data file, FILE or NAME=FILE; repeatable")]
-ModelPath = Annotated[Path | None, typer.Option(help="folder with a Mixtral checkpoint, or with just its config.json")]
+ModelPath = Annotated[Path | None, typer.Option(help="folder with a checkpoint, or with just its config.json")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="list the points and stop")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="measure again what is done; old results move to superseded/")]
+Scan = Annotated[str, typer.Option(help="BlackMamba's selective scan: auto, triton, mamba-ssm or reference")]
 Reentrant = Annotated[bool, typer.Option("--reentrant", help="reentrant gradient checkpointing (the study: not)")]
 MaxSeconds = Annotated[
     float | None, typer.Option(help="after 20 steps, time a point no longer than this; else 600, breakdowns 60")
@@ -62,6 +64,7 @@ def run_throughput(
     dry_run: DryRun = False,
     fresh: Fresh = False,
     reentrant: Reentrant = False,
+    scan: Scan = "auto",
     max_seconds: MaxSeconds = None,
     memory_budget_gib: MemoryBudgetGib = None,
 ) -> None:
@@ -85,11 +88,17 @@ def run_latency(
     dry_run: DryRun = False,
     fresh: Fresh = False,
     reentrant: Reentrant = False,
+    scan: Scan = "auto",
     max_seconds: MaxSeconds = None,
     memory_budget_gib: MemoryBudgetGib = None,
 ) -> None:
     """Figures 4, 5 and 11: where the time and memory of a step go, by phase, layer and operator; tokens per expert."""
-    _run(LATENCY, f"{model}_latency.py", **locals())
+    _run(LATENCY, _latency_parser(model), **locals())
+
+
+def _latency_parser(model: str) -> str:
+    scripts = find_family(model).scripts
+    return f"{scripts}_latency.py" if scripts else "-m tunescope table latency"
 
 
 def _run(
@@ -111,7 +120,7 @@ def _run(
         kind=kind, points=None if points is None else " ".join(points), datasets=tuple(dataset or ()), **others
     )
     plan = make_plan(options)
-    out_dir = out if out is not None else PROJECT_ROOT / "profile_data" / PROFILE_FOLDER[options.model] / options.kind
+    out_dir = out if out is not None else PROJECT_ROOT / "profile_data" / options.model / options.kind
     if dry_run:
         typer.echo(f"preset {plan.size.preset}: {plan.size.reason}; results in {out_dir}")
         for spec in plan.specs:

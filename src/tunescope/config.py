@@ -7,17 +7,14 @@ from typing import Any
 
 from tunescope import paper
 from tunescope.errors import UserError
+from tunescope.families import find_family
 from tunescope.paper import latency
 
 PRESETS = ("full", "slice", "tiny")
 # What a launcher measures: queries/s of Figure 8, or where a step's time goes, Figures 4, 5 and 11.
 THROUGHPUT, LATENCY = "throughput", "latency"
-NUM_EXPERTS = {"mixtral": 8}
-SPARSE_TOP_K = 2  # the paper's "sparse"; its "dense" is every expert
 MAX_BATCH = 65_536
 MAX_SEQ_LEN_TOKENS = 32_768
-# Folder of a model's results under profile_data/.
-PROFILE_FOLDER = {"mixtral": "mixtral"}
 PAPER_DATASETS = ("cs", "math")
 # The name of queries of random tokens and one fixed length, as the paper's breakdowns ran them.
 RANDOM_TOKENS = "random"
@@ -51,10 +48,11 @@ class Point:
 
     @property
     def sparsity(self) -> str:
-        """The paper's label: `sparse` (top-2), `dense` (all experts), otherwise `top-k`."""
-        if self.top_k == NUM_EXPERTS[self.model]:
+        """The paper's label: `sparse` (top-2; for a model of our own its top_k), `dense` (all experts), or `top-k`."""
+        family = find_family(self.model)
+        if self.top_k == family.num_experts:
             return "dense"
-        return "sparse" if self.top_k == SPARSE_TOP_K else f"top-{self.top_k}"
+        return "sparse" if self.top_k == family.sparse_top_k else f"top-{self.top_k}"
 
     @property
     def label(self) -> str:
@@ -77,14 +75,14 @@ class Point:
 
 def check_point(point: Point) -> None:
     """Raises UserError naming the field, its value and the range allowed."""
-    check_model(point.model)
+    family = find_family(point.model)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_.]*", point.dataset):
         raise UserError(
             f"data set name {point.dataset!r} cannot be a folder name",
             cure="use small letters, digits, '_' and '.', starting with a letter or digit",
         )
     limits = {
-        "top_k": NUM_EXPERTS[point.model],
+        "top_k": family.num_experts,
         "per_device_batch_size": MAX_BATCH,
         "seq_len_tokens": MAX_SEQ_LEN_TOKENS,
         "num_layers": point.total_layers,
@@ -99,17 +97,15 @@ def check_point(point: Point) -> None:
         raise unknown_preset(point.preset)
 
 
-def check_model(model: str) -> None:
-    if model not in NUM_EXPERTS:
-        raise UserError(f"model {model!r} is unknown", cure=f"use one of {', '.join(NUM_EXPERTS)}")
-
-
 def unknown_preset(preset: str) -> UserError:
     return UserError(f"preset {preset!r} is unknown", cure=f"use one of auto, {', '.join(PRESETS)}")
 
 
 def paper_points(model: str, kind: str = THROUGHPUT) -> list[Point]:
-    """The points of Figure 8, or of Figures 4 and 5, in the figure's order, batch sizes as its launchers ran them."""
+    """The points of Figure 8, or of Figures 4 and 5, in the figure's order, batch sizes as its launchers ran them; of
+    a model that the paper does not have its family's."""
+    if own := find_family(model).points:
+        return parse_points(own[kind], model, kind)
     if kind == LATENCY:
         return [
             Point(
@@ -147,8 +143,8 @@ def _parse_item(item: str, model: str) -> list[Point]:
     )
     if match is None:
         raise UserError(f"point {item!r} is not understood", cure=POINTS_HELP)
-    sparsity = match["sparsity"]
-    top_k = {"sparse": SPARSE_TOP_K, "dense": NUM_EXPERTS[model]}.get(sparsity)
+    sparsity, family = match["sparsity"], find_family(model)
+    top_k = {"sparse": family.sparse_top_k, "dense": family.num_experts}.get(sparsity)
     return [
         Point(
             model=model,

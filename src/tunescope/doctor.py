@@ -6,12 +6,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunescope import checkpoints
+from tunescope import checkpoints, presets
 from tunescope.errors import UserError
+from tunescope.families import FAMILIES
+from tunescope.families.family import Family
 from tunescope.gpus import Gpu, driver_is_too_old, list_gpus
 from tunescope.hardware import GIB
 from tunescope.measure.environment import STACK, cpu_name, git_revision, package_versions
-from tunescope.models import architectures
 
 # Read by the driver at boot; 1 keeps the counters for root.
 _NVIDIA_PARAMETERS = Path("/proc/driver/nvidia/params")
@@ -33,7 +34,8 @@ def examine() -> Iterator[str]:
     yield from _packages()
     yield _disk("results", Path(__file__).resolve().parents[2] / "profile_data")
     yield _disk("Hub cache", checkpoints.hub_cache())
-    yield _preset(found.gpus[0] if found.gpus else None)
+    for family in FAMILIES.values():
+        yield _preset(family, found.gpus[0] if found.gpus else None)
 
 
 def _gpu(number: int, gpu: Gpu) -> Iterator[str]:
@@ -81,7 +83,13 @@ def _counter_permission() -> str:
 def _checkpoints() -> Iterator[str]:
     for model in checkpoints.REPOS:
         folder = checkpoints.find_checkpoint(model)
-        where = f"in the Hub cache, commit {folder.name}" if folder else "not in the Hub cache; random weights are used"
+        if folder is not None:
+            origin = checkpoints.origin_of(folder)
+            where = f"found, commit {origin.revision if origin else 'unknown'}"
+        elif checkpoints.find_unconverted(model) is not None:
+            where = "downloaded and not converted"
+        else:
+            where = "not in the Hub cache; random weights are used"
         yield f"checkpoint {model}: {where}"
         if folder is None:
             yield f"  cure: python3 model_download.py --model {model}"
@@ -100,12 +108,11 @@ def _disk(what: str, folder: Path) -> str:
     return f"disk for {what}: {shutil.disk_usage(existing).free / GIB:.0f} GiB free"
 
 
-def _preset(gpu: Gpu | None) -> str:
-    config = architectures.built_in_config("full")
+def _preset(family: Family, gpu: Gpu | None) -> str:
     try:
-        size = architectures.choose_size(
-            config, "auto", gpu.memory_total_bytes if gpu else None, gpu_name=gpu.name if gpu else ""
+        size = presets.choose_size(
+            family, family.full, "auto", gpu.memory_total_bytes if gpu else None, gpu_name=gpu.name if gpu else ""
         )
     except UserError as error:
-        return f"preset auto: none; {error}"
-    return f"preset auto: {size.preset} ({size.reason})"
+        return f"preset auto of {family.name}: none; {error}"
+    return f"preset auto of {family.name}: {size.preset} ({size.reason})"

@@ -1,8 +1,9 @@
 """Fetch the study's checkpoints from the Hugging Face Hub, at pinned commits, resumably.
 
 First everything is looked up and shown and the disk is checked for all of it together; only then
-does anything transfer. The token is whatever huggingface_hub finds (HF_TOKEN or `hf auth login`);
-it is neither shown nor stored here.
+does anything transfer. A checkpoint in a form of its own (BlackMamba's) is then converted. The
+token is whatever huggingface_hub finds (HF_TOKEN or `hf auth login`); it is neither shown nor
+stored here.
 """
 
 import errno
@@ -13,7 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tunescope.checkpoints import REPOS, HubRepo, hub_cache, repo_folder, repos_of, why_incomplete
+from tunescope.checkpoints import (
+    CONVERTED,
+    REPOS,
+    HubRepo,
+    converted_folder,
+    hub_cache,
+    repos_of,
+    snapshot_folder,
+    why_incomplete,
+    why_not_converted,
+)
 from tunescope.errors import UserError
 from tunescope.hardware import GIB
 
@@ -48,6 +59,16 @@ class Plan:
     is_complete: bool
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """What is made of a downloaded checkpoint and its tokenizer. num_bytes: of the weights, before and after."""
+
+    checkpoint: Plan
+    tokenizer: Plan
+    target: Path
+    num_bytes: int
+
+
 def download(
     models: Sequence[str] = (),
     *,
@@ -55,31 +76,52 @@ def download(
     hf_home: Path | None = None,
     echo: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Fetch models (none named: all of :data:`MODELS`) and return their snapshot folders.
+    """Fetch models (none named: all of :data:`MODELS`), convert what needs it, and return the folder of each.
 
-    A dry run shows the same and transfers nothing; its folders may not exist yet. hf_home: in
-    place of HF_HOME and HF_HUB_CACHE. A snapshot that is complete is left alone, without network.
-    Raises UserError, each with its cause and cure, if the Hub or the disk stands in the way.
+    A dry run shows the same and writes nothing; its folders may not exist yet. hf_home: in
+    place of HF_HOME and HF_HUB_CACHE. What is complete is left alone, without network; a download is no longer needed
+    once it is converted. Raises UserError, each with its cause and cure, if the Hub or the disk stands in the way, or
+    if a checkpoint is not what it should be.
     """
     cache = hub_cache() if hf_home is None else hf_home.expanduser() / "hub"
-    repos = list(dict.fromkeys(repo for model in models or MODELS for repo in repos_of(model)))
-    plans = [_plan(repo, cache) for repo in repos]
+    repos_by_model = {model: repos_of(model) for model in models or MODELS}
+    folders, plans, conversions = [], [], []
+    for model, repos in repos_by_model.items():
+        folder = converted_folder(cache, repos[0]) if model in CONVERTED else snapshot_folder(cache, repos[0])
+        folders.append(folder)
+        if model in CONVERTED and why_not_converted(folder) is None:
+            echo(f"{repos[0].repo_id} at {repos[0].revision}\n  already complete and converted, in {folder}")
+            continue
+        of_model = [_plan(repo, cache) for repo in repos]
+        plans += of_model
+        if model in CONVERTED:
+            conversions.append(Conversion(of_model[0], of_model[-1], folder, of_model[0].total_bytes))
     free_bytes = _free_bytes(cache)
     for plan in plans:
         echo(_description(plan, free_bytes))
+    for conversion in conversions:
+        echo(
+            f"{conversion.checkpoint.repo.repo_id}: to be converted for training, {_gib(conversion.num_bytes)} more\n"
+            f"  to {conversion.target}"
+        )
     to_fetch = [plan for plan in plans if not plan.is_complete]
-    _check_disk(cache, sum(plan.missing_bytes for plan in to_fetch), free_bytes)
+    converted_bytes = sum(conversion.num_bytes for conversion in conversions)
+    _check_disk(cache, sum(plan.missing_bytes for plan in to_fetch), converted_bytes, free_bytes)
     if dry_run:
-        echo("Dry run: nothing was transferred.")
-        return [plan.snapshot for plan in plans]
+        echo("Dry run: nothing was transferred or converted.")
+        return folders
     for plan in to_fetch:
         _fetch(plan, cache)
         echo(f"{plan.repo.repo_id}: complete, in {plan.snapshot}")
-    return [plan.snapshot for plan in plans]
+    for conversion in conversions:
+        _check_disk(cache, 0, conversion.num_bytes, _free_bytes(cache))
+        _convert(conversion)
+        echo(f"{conversion.checkpoint.repo.repo_id}: converted, in {conversion.target}")
+    return folders
 
 
 def _plan(repo: HubRepo, cache: Path) -> Plan:
-    snapshot = repo_folder(cache, repo.repo_id) / "snapshots" / repo.revision
+    snapshot = snapshot_folder(cache, repo)
     if why_incomplete(snapshot, repo) is None:
         sizes = [path.stat().st_size for path in snapshot.rglob("*") if path.is_file()]
         return Plan(repo, snapshot, (), len(sizes), sum(sizes), 0, is_complete=True)
@@ -171,6 +213,37 @@ def _fetch(plan: Plan, cache: Path) -> None:
         raise _broken_off(plan.repo, f"{len(lacking)} files are missing, such as {lacking[0]}")
 
 
+def _convert(conversion: Conversion) -> None:
+    repo, tokenizer = conversion.checkpoint.repo, conversion.tokenizer.repo
+    try:
+        from huggingface_hub.utils import tqdm  # the bar of a download, and silent where that is
+
+        from tunescope.models.blackmamba.checkpoint_folder import convert
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "safetensors", "huggingface_hub"):
+            raise
+        raise UserError(
+            f"{repo.repo_id} is downloaded but not converted: {error.name} is not installed here.",
+            cause="this environment has the reading side of tunescope only.",
+            cure="run this again where requirements.txt is installed; nothing is transferred twice.",
+        ) from None
+    origin = {
+        "repo": repo.repo_id,
+        "revision": repo.revision,
+        "tokenizer_repo": tokenizer.repo_id,
+        "tokenizer_revision": tokenizer.revision,
+    }
+    folders = conversion.checkpoint.snapshot, conversion.tokenizer.snapshot, conversion.target
+    name = f"Converting {repo.repo_id}"
+    with tqdm(total=conversion.num_bytes, unit="B", unit_scale=True, desc=name) as bar:
+
+        def show(num_bytes: int, total_bytes: int) -> None:
+            bar.total = total_bytes  # a little less than the file, which says more than the weights
+            bar.update(num_bytes)
+
+        convert(*folders, origin, progress=show)
+
+
 def _free_bytes(folder: Path) -> int:
     folder = folder.absolute()
     while not folder.exists():  # the root always does
@@ -178,14 +251,18 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _check_disk(cache: Path, missing_bytes: int, free_bytes: int) -> None:
-    if missing_bytes and missing_bytes + DISK_RESERVE_BYTES > free_bytes:
-        raise UserError(
-            f"The download needs {_gib(missing_bytes)} and {_gib(DISK_RESERVE_BYTES)} to spare; "
-            f"the disk of {cache} has {_gib(free_bytes)} free. Nothing was transferred.",
-            cause="HF_HOME (or HF_HUB_CACHE) points to a disk that is too small or too full.",
-            cure="set HF_HOME to a folder on a larger disk, free some space, or name one model.",
-        )
+def _check_disk(cache: Path, missing_bytes: int, converted_bytes: int, free_bytes: int) -> None:
+    if not missing_bytes + converted_bytes or missing_bytes + converted_bytes + DISK_RESERVE_BYTES <= free_bytes:
+        return
+    needs = {"download": missing_bytes, "conversion": converted_bytes}
+    what = " and the ".join(f"{name} needs {_gib(num_bytes)}" for name, num_bytes in needs.items() if num_bytes)
+    raise UserError(
+        f"The {what}, and {_gib(DISK_RESERVE_BYTES)} must stay free; "
+        f"the disk of {cache} has {_gib(free_bytes)} free. "
+        + ("Nothing was transferred." if missing_bytes else "Nothing was converted."),
+        cause="HF_HOME (or HF_HUB_CACHE) points to a disk that is too small or too full.",
+        cure="set HF_HOME to a folder on a larger disk, free some space, or name one model.",
+    )
 
 
 @contextmanager

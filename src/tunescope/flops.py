@@ -8,34 +8,43 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ForwardFlop:
-    """FLOP of one token's forward pass through a Mixtral-like model.
+    """FLOP of one token's forward pass.
 
-    layers: frozen linears of all decoder layers. head: the logits. lora: the adapters' matmuls.
-    attention_per_key: scores and their product with the values, per token and per key that it sees.
+    frozen, trained: linears of all decoder layers whose weights stay, and whose weights are trained (adapters, or with
+    full fine-tuning everything, scans included). head: the logits, trained or not. attention_per_key: scores and their
+    product with the values, per token and per key that it sees.
     """
 
-    layers: float
+    frozen: float
+    trained: float
     head: float
-    lora: float
+    head_is_trained: bool
     attention_per_key: float
 
 
-def forward_flop(config: dict[str, Any], recipe: dict[str, Any]) -> ForwardFlop:
-    """Counts a Mixtral config with the recipe's LoRA. Dense and sparse differ by `num_experts_per_tok`."""
-    width, hidden = config["hidden_size"], config["intermediate_size"]
-    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+def lora_forward_flop(
+    config: dict[str, Any],
+    recipe: dict[str, Any],
+    *,
+    num_experts: int,
+    expert_width: int,
+    expert_linears: tuple[str, str, str],
+) -> ForwardFlop:
+    """Of attention and a gated mixture of experts under the recipe's LoRA. Dense and sparse differ by
+    `num_experts_per_tok`.
+
+    expert_linears: names of the two linears into an expert's width and of the one back.
+    """
+    width, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
     head_width = config.get("head_dim") or width // heads
-    experts, top_k = config["num_local_experts"], config["num_experts_per_tok"]
+    top_k = config["num_experts_per_tok"]
     attention_weights = width * head_width * (2 * heads + 2 * config["num_key_value_heads"])
-    active_weights = attention_weights + width * experts + top_k * 3 * width * hidden
+    active_weights = attention_weights + width * num_experts + top_k * 3 * width * expert_width
     # name of a linear -> (in + out features, how many run per token and layer)
-    linears = {
-        "w1": (width + hidden, top_k),
-        "w2": (width + hidden, top_k),
-        "w3": (width + hidden, top_k),
-        "gate": (width + experts, 1),
+    linears = dict.fromkeys(expert_linears, (width + expert_width, top_k)) | {
+        "gate": (width + num_experts, 1),
         "q_proj": (width + heads * head_width, 1),
         "k_proj": (width + config["num_key_value_heads"] * head_width, 1),
         "v_proj": (width + config["num_key_value_heads"] * head_width, 1),
@@ -47,23 +56,25 @@ def forward_flop(config: dict[str, Any], recipe: dict[str, Any]) -> ForwardFlop:
         targets = list(linears)
     lora_weights = sum(rank * size * runs for name, (size, runs) in linears.items() if name in targets)
     return ForwardFlop(
-        layers=2.0 * layers * active_weights,
+        frozen=2.0 * layers * active_weights,
+        trained=2.0 * layers * lora_weights,
         head=2.0 * width * config["vocab_size"],
-        lora=2.0 * layers * lora_weights,
+        head_is_trained=False,
         attention_per_key=4.0 * layers * heads * head_width,
     )
 
 
 def train_flop(forward: ForwardFlop, tokens: float, token_keys: float, *, recompute: bool) -> float:
-    """FLOP of training on `tokens` tokens with a frozen base.
+    """FLOP of training on `tokens` tokens.
 
     token_keys: keys seen, summed over the tokens; a causal query of n tokens sees about n * n / 2.
-    Frozen linears need forward and input gradient (4 FLOP a weight and token, not 6), adapters also weight
-    gradients, attention twice its forward again. recompute: gradient checkpointing runs the layers' forward once
-    more; leave it out for MFU, count it for HFU.
+    Frozen linears need forward and input gradient (4 FLOP a weight and token), trained ones also weight gradients (6),
+    attention twice its forward again. recompute: gradient checkpointing runs the layers' forward once more; leave it
+    out for MFU, count it for HFU.
     """
-    adapters_and_attention = forward.lora * tokens + forward.attention_per_key * token_keys
-    total = 2 * (forward.layers + forward.head) * tokens + 3 * adapters_and_attention
+    trained_and_attention = forward.trained * tokens + forward.attention_per_key * token_keys
+    head = (3 if forward.head_is_trained else 2) * forward.head * tokens
+    total = 2 * forward.frozen * tokens + head + 3 * trained_and_attention
     if recompute:
-        total += forward.layers * tokens + adapters_and_attention
+        total += forward.frozen * tokens + trained_and_attention
     return total

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tunescope import results
+from tunescope.families.mixtral import MIXTRAL, nf4_weight_bytes
 from tunescope.gpus import list_gpus
-from tunescope.models import architectures
 
 pytestmark = pytest.mark.gpu
 REPO = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_random_full_width_weights_take_the_bytes_that_arithmetic_says() -> None
 
     from tunescope.models.mixtral import MixtralForCausalLM, random_model
 
-    config = architectures.config_at(architectures.built_in_config("full"), 2, 2)
+    config = MIXTRAL.config_at(MIXTRAL.full, 2, 2)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -92,5 +92,5 @@ def test_random_full_width_weights_take_the_bytes_that_arithmetic_says() -> None
     before_bytes = torch.cuda.memory_allocated()
     model = random_model(MixtralForCausalLM, MixtralConfig(**config), quantization, {"": torch.device("cuda", 0)})
     used_bytes = torch.cuda.memory_allocated() - before_bytes
-    assert used_bytes == pytest.approx(architectures.nf4_weight_bytes(config, 2), rel=0.01)
+    assert used_bytes == pytest.approx(nf4_weight_bytes(config, 2), rel=0.01)
     del model

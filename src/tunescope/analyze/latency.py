@@ -52,7 +52,7 @@ class LatencyPoint:
         work = found.work
         places = [self.division.place(module) for module in work["module"]]
         work["layer"], work["part"], work["below"] = zip(*places, strict=True) if places else ((), (), ())
-        columns = (work[name] for name in ("below", "node", "outer_op", "op", "name"))
+        columns = (work[name] for name in ("part", "below", "node", "outer_op", "op", "name"))
         work["label"] = [self.division.op_label(*cells) for cells in zip(*columns, strict=True)]
         return found
 
@@ -131,23 +131,29 @@ class LatencyPoint:
         return sums.rename("span_ns").reset_index()
 
     def operators(self) -> pd.DataFrame:
-        """layer, label, phase, busy_ns, num_launches, mean_launch_ns: the part of a layer that the layout divides, the
-        one that takes longest where there is no layout."""
+        """layer, part, label, phase, busy_ns, num_launches, mean_launch_ns: of op_parts."""
         work, num_steps = self.attribution.work, self.attribution.num_steps
-        inside = work[(work["part"] == self.op_part) & (work["layer"] >= 0)]
-        cells = inside.groupby(["layer", "label", "phase"], sort=False)["duration_ns"].agg(["sum", "size"])
+        inside = work[work["part"].isin(self.op_parts) & (work["layer"] >= 0)]
+        cells = inside.groupby(["layer", "part", "label", "phase"], sort=False)["duration_ns"].agg(["sum", "size"])
         cells = cells.reset_index()
         cells["busy_ns"], cells["num_launches"] = cells["sum"] / num_steps, cells["size"] / num_steps
         cells["mean_launch_ns"] = cells["sum"] / cells["size"]
         return cells.drop(columns=["sum", "size"])
 
     @property
-    def op_part(self) -> str:
+    def op_parts(self) -> tuple[str, ...]:
+        """Parts of a layer whose operators are shown, the figure's first: those that the layout divides, the one that
+        takes longest where there is no layout."""
         if self.division.layout is not None:
-            return self.division.layout.op_part
+            return tuple(self.division.layout.operators)
         work = self.attribution.work
         busy = work[(work["layer"] >= 0) & (work["part"] != LAYER_ITSELF)].groupby("part")["duration_ns"].sum()
-        return str(busy.idxmax()) if len(busy) else ""
+        return (str(busy.idxmax()),) if len(busy) else ()
+
+    @property
+    def op_part(self) -> str:
+        """The one that a figure looks into; empty for a model without layers."""
+        return self.op_parts[0] if self.op_parts else ""
 
     def memory(self) -> pd.DataFrame:
         """phase, layer, part, peak_bytes, end_bytes: highest and last allocated of each, over one step.

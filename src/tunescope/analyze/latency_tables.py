@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from tunescope import expert_tokens as expert_files
@@ -17,7 +18,7 @@ from tunescope.paper import latency as papers
 
 # What every row of points has, unreadable ones too; ok rows have LatencyPoint.summary's columns as well.
 POINT_COLUMNS = (
-    *KEY, "status", "cause", "clock", "tokenizer", "moe", "attention", "compute_dtype", "torch",
+    *KEY, "status", "cause", "clock", "tokenizer", "moe", "scan", "attention", "compute_dtype", "torch",
     "peak_allocated_gib", "oom_snapshot", "expert_probe_why_not", "is_papers_model",
 )  # fmt: skip
 TABLES = ("phases", "layers", "operators", "memory", "memory_parts", "expert_loads")
@@ -48,7 +49,7 @@ def latency_tables(folder: Path) -> LatencyTables:
     """
     rows: list[Row] = []
     frames: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
-    for path in point_folders(folder, "./mixtral_lt.sh"):
+    for path in point_folders(folder, "./mixtral_lt.sh or ./mamba_lt.sh"):
         row = read_row(path, LATENCY, _tables_of_point)
         found = row.pop("tables", None)
         rows.append(row)
@@ -78,7 +79,7 @@ def _tables_of_point(found: results.PointFolder) -> Row:
     tables = {
         "phases": _beside(point.phases(), "phase", "paper_a40_s", papers.phase_s(*bar)),
         "layers": point.layers(),
-        "operators": _beside(point.operators(), "label", "paper_a40_us_per_launch", papers.kernel_us(*bar)),
+        "operators": _operators(point, papers.kernel_us(*bar)),
         "memory": point.memory(),
         "memory_parts": point.memory_parts(),
     }
@@ -108,6 +109,13 @@ def _experts(found: results.PointFolder, row: Row) -> ExpertPoint | None:
         synthetic_probes=tuple(name for name in PAPER_DATASETS if name not in found.point["probes"]),
         loads=expert_tokens(rows),
     )
+
+
+def _operators(point: LatencyPoint, papers_us: dict[str, float]) -> pd.DataFrame:
+    """The paper's numbers stand beside the operators of its figure's part only."""
+    frame = _beside(point.operators(), "label", "paper_a40_us_per_launch", papers_us)
+    frame.loc[frame["part"] != point.op_part, "paper_a40_us_per_launch"] = np.nan
+    return frame
 
 
 def _beside(frame: pd.DataFrame, column: str, name: str, values: dict[str, float]) -> pd.DataFrame:
@@ -141,15 +149,20 @@ def summed_over_layers(layers: pd.DataFrame, layer: int | None = None) -> pd.Dat
 
 
 def tidy(tables: LatencyTables) -> pd.DataFrame:
-    """Every number of every table as one row: KEY, table, layer, item, phase, quantity, value."""
-    shapes = {"phases": [], "layers": ["layer", "part"], "operators": ["layer", "label"], "memory": ["layer", "part"]}
+    """Every number of every table as one row: KEY, table, layer, part, item, phase, moment, quantity, value.
+
+    item: the part of a layer; of operators the operator, whose part is in `part`.
+    """
+    part = ["layer", "part"]
+    shapes: dict[str, list[str]] = {"phases": [], "layers": part, "operators": [*part, "label"], "memory": part}
     made = []
     for name, ids in shapes.items():
         frame = getattr(tables, name)
         if frame.empty:
             continue
         long = frame.melt([*KEY, *ids, "phase"], var_name="quantity", value_name="value")
-        long = long.rename(columns={"part": "item", "label": "item"}).assign(table=name)
+        names = {"label": "item"} if "label" in long else {"part": "item"}
+        long = long.rename(columns=names).assign(table=name)
         made.append(long[pd.to_numeric(long["value"], errors="coerce").notna()])
     parts = tables.memory_parts.rename(columns={"part": "item"})
     if not parts.empty:
@@ -164,5 +177,5 @@ def tidy(tables: LatencyTables) -> pd.DataFrame:
         ids = [*KEY, "layer", "item", "moment"]
         shown = shown[[*ids, "tokens", "tokens_per_query"]].melt(ids, var_name="quantity", value_name="value")
         made.append(shown.assign(table="expert_loads"))
-    columns = [*KEY, "table", "layer", "item", "phase", "moment", "quantity", "value"]
+    columns = [*KEY, "table", "layer", "part", "item", "phase", "moment", "quantity", "value"]
     return pd.concat(made, ignore_index=True).reindex(columns=columns) if made else pd.DataFrame(columns=columns)

@@ -1,112 +1,27 @@
-"""How a model is divided: its decoder layers, their parts, and the operators of the part that a figure looks into.
+"""How a model is divided: its decoder layers, their parts, and the operators of the parts that a figure looks into.
 
-What differs between models is data: a Layout. A model that has none is divided by the names of its own modules.
+What differs between models is data: families.Layout. A model that has none is divided by the names of its own modules.
 Patterns are searched in a module's path below its layer, and in `NODE|OUTER OP|OP|KERNEL` of a piece of work (the node
 is empty outside backward; without a GPU the kernel is the operator); the first rule that fits gives the label.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cache
 
 import pandas as pd
+
+from tunescope.families import FAMILIES
+from tunescope.families.family import COPY, MATMUL, Layout
 
 # Parts outside the layers, in the order of a step. What the model's own forward does last is the loss.
 EMBEDDING, FINAL_NORM, HEAD, OUTSIDE_LAYERS = "embedding", "final_norm", "lm_head + loss", "rest of the model"
 LAYER_ITSELF = "layer itself"  # residual additions
 
-MATMUL = r"\|aten::(mm|addmm|bmm|baddbmm|matmul|linear|mv|addmv|_scaled_mm|_grouped_mm)\|[^|]*$"
-_COPY = r"\|aten::(copy_|_to_copy|to|clone|contiguous)\|[^|]*$|\|[^|]*[Mm]emcpy[^|]*$"
-
-
-@dataclass(frozen=True)
-class OpRule:
-    """label: may hold a group of `path` as {1}. path: below the layer. work: in NODE|OUTER OP|OP|KERNEL."""
-
-    label: str
-    path: str
-    work: str = ""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One architecture.
-
-    parts: label -> pattern of the path below a layer. block_class: class whose presence tells the model.
-    op_part: the part that `op_rules` divide; op_order: their labels in the order of a table. paper_names: our label ->
-    the paper's, where they differ.
-    """
-
-    name: str
-    block_class: str
-    parts: dict[str, str]
-    op_part: str
-    op_rules: Sequence[OpRule]
-    op_order: Sequence[str]
-    outside: dict[str, str] = field(default_factory=dict)
-
-
-_EXPERT_LINEAR = r"experts\.\d+\.(w[123])(?:\.base_layer)?$"
-_ROUTER = r"\.gate(?:\.base_layer)?$"
-# bitsandbytes decodes by an operator of its own in backward, and by bare kernels inside gemm_4bit in forward. The last
-# parameter of its kernel is the data type: 0 is 8 bit (the scales), 1 FP4, 2 NF4 (its csrc/common.h).
-_DEQUANT = r"\|bitsandbytes::dequantize_4bit\||kDequantizeBlockwise<[^|]*\D[12]>"
-# The scales of NF4 are themselves quantised: decoded, and shifted by their mean, before each use.
-_SCALES = (
-    r"\|bitsandbytes::dequantize_blockwise\||kDequantizeBlockwise<[^|]*\D0>"
-    r"|(MatMul4BitBackward\|[^|]*|MatMul4Bit|bitsandbytes::\w+)\|aten::add_?\|(?![^|]*(BFloat16|Half))[^|]*$"
-)
-# For few tokens bitsandbytes has kernels that decode while they multiply.
-_FUSED = r"\|[^|:]*gemm_4bit[^|:]*$"
-
-MIXTRAL = Layout(
-    name="mixtral",
-    block_class="MixtralSparseMoeBlock",
-    parts={
-        "input_norm": r"^\.input_layernorm",
-        "attention": r"^\.self_attn",
-        "post_attention_norm": r"^\.post_attention_layernorm",
-        "moe": r"^\.block_sparse_moe",
-    },
-    op_part="moe",
-    op_rules=(
-        OpRule("{1}_dequant", _EXPERT_LINEAR, _DEQUANT),
-        OpRule("scales_dequant", _EXPERT_LINEAR, _SCALES),
-        OpRule("matmul({1}) decoding", _EXPERT_LINEAR, _FUSED),
-        OpRule("matmul({1})", _EXPERT_LINEAR, MATMUL),
-        OpRule("router_dequant", _ROUTER, _DEQUANT),
-        OpRule("scales_dequant", _ROUTER, _SCALES),
-        OpRule("matmul(router) decoding", _ROUTER, _FUSED),
-        OpRule("matmul(router)", _ROUTER, MATMUL),
-        OpRule("matmul(lora)", r"\.lora_[AB]\b", MATMUL),
-        # Of a parameter by its own node, of activations by autograd as it passes them on.
-        OpRule("gradient accumulation", "", r"AccumulateGrad\||^\w+Backward\w*\|aten::add_?\|aten::add_?\|"),
-        OpRule("activation", r"\.act_fn$"),
-        OpRule("softmax", r"^\.block_sparse_moe$", r"[sS]oftmax"),
-        OpRule("topk", r"^\.block_sparse_moe$", r"topk|Topk"),
-        # Everything else in the block itself sends tokens to experts and brings them back, copies included.
-        OpRule("gather/scatter/index", r"^\.block_sparse_moe$"),
-        OpRule("elementwise_mult", r"experts\.\d+$"),
-        OpRule("casts and copies", "", _COPY),
-        OpRule("rest of the NF4 linears", r"\.base_layer$"),
-        OpRule("lora scaling and adding", r"(w[123]|gate)(\.|$)"),
-        OpRule("other", ""),
-    ),
-    op_order=(
-        "matmul(w1)", "matmul(w2)", "matmul(w3)", "matmul(w1) decoding", "matmul(w2) decoding", "matmul(w3) decoding",
-        "w1_dequant", "w2_dequant", "w3_dequant", "scales_dequant", "rest of the NF4 linears", "matmul(lora)",
-        "lora scaling and adding", "casts and copies", "activation", "elementwise_mult", "matmul(router)",
-        "matmul(router) decoding", "router_dequant", "softmax", "topk", "gather/scatter/index",
-        "gradient accumulation", "other",
-    ),
-)  # fmt: skip
-
-LAYOUTS = (MIXTRAL,)
+LAYOUTS = tuple(family.layout for family in FAMILIES.values())
 
 # For operators of any module: what kind of work it is.
 _KINDS = (
-    ("copy", _COPY),
+    ("copy", COPY),
     ("matmul", MATMUL),
     ("dequantisation", r"dequantize"),
     ("attention", r"attention|flash_attn"),
@@ -165,12 +80,12 @@ class Division:
         class_name = self._classes.get(module, module)
         return module == self._root or bool(re.search(r"For[A-Z]\w+$|^Peft|^LoraModel$", class_name))
 
-    def _op_label(self, below: str, node: str, outer_op: str, op: str, kernel: str) -> str:
-        """What a piece of work does within its layer, in the words of the layout, or by kind where there is none."""
+    def _op_label(self, part: str, below: str, node: str, outer_op: str, op: str, kernel: str) -> str:
+        """What a piece of work does within its layer, in the words of the layout, or by kind where it has none."""
         work = f"{node}|{outer_op}|{op}|{kernel}"
-        if self.layout is None:
+        if self.layout is None or part not in self.layout.operators:
             return next(label for label, pattern in _KINDS if re.search(pattern, work))
-        for rule in self.layout.op_rules:
+        for rule in self.layout.operators[part]:
             path = re.search(rule.path, below)
             if path and re.search(rule.work, work):
                 return rule.label.format(path[0], *path.groups())

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tunescope import paper, results
+from tunescope import results
 from tunescope.config import Point
 from tunescope.errors import UserError
+from tunescope.families import find_family
 from tunescope.hardware import GIB
 
 UNREADABLE = "unreadable"
@@ -93,14 +94,16 @@ def identity(found: results.PointFolder) -> Row:
 def _launched(content: dict[str, Any]) -> Row:
     """Of a point that a launcher ran."""
     point = Point(**content["point"])
+    family = find_family(point.model)
     return {
         **point.to_json(),
         "sparsity": point.sparsity,
-        "num_experts": content["model_config"]["num_local_experts"],
+        "num_experts": content["model_config"][family.experts_key],
         "weights": content["weights"]["kind"],
         "data": content["data"]["kind"],
         "moe": content["moe"],
-        "is_papers_model": paper.is_papers_model(point.model, content["model_config"], point.total_layers),
+        "scan": content["model_config"].get("scan"),
+        "is_papers_model": family.is_papers_model(content["model_config"], point.total_layers),
     }
 
 
@@ -120,6 +123,7 @@ def _own_trainer(attached: dict[str, Any]) -> Row:
         "weights": OWN,
         "data": OWN,
         "moe": OWN,
+        "scan": None,
         "is_papers_model": False,
     }
 

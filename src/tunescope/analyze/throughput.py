@@ -13,6 +13,7 @@ from tunescope.analyze.intervals import bootstrap_ratios
 from tunescope.analyze.points import UNREADABLE, check_cells, identity, point_folders, read_row
 from tunescope.analyze.slices import add_extrapolation
 from tunescope.config import THROUGHPUT
+from tunescope.families import find_family
 from tunescope.hardware import GIB, Device, UnknownDevice, find_device
 
 _QUERIES_AND_SECONDS = "queries and seconds of each timed step"  # of a row under way, no column
@@ -29,7 +30,7 @@ SLOWED_REASONS = {
 
 COLUMNS = (
     "model", "dataset", "sparsity", "top_k", "num_experts", "per_device_batch_size", "seq_len_tokens", "preset",
-    "num_layers", "total_layers", "weights", "data", "tokenizer", "moe", "device", "status", "cause",
+    "num_layers", "total_layers", "weights", "data", "tokenizer", "moe", "scan", "device", "status", "cause",
     "queries_per_s", "queries_per_s_low", "queries_per_s_high", "interval_width_pct", "num_timed_steps",
     "num_warmup_steps", "step_s", "tokens_per_s", "padded_tokens_per_s", "queries_per_train_runtime_s", "mfu_pct",
     "hfu_pct", "peak_allocated_gib", "peak_reserved_gib", "gpu_energy_j_per_query", "gpu_power_w", "sm_clock_mhz",
@@ -46,7 +47,7 @@ def throughput(folder: Path) -> pd.DataFrame:
     A point that cannot be read is a row with status `unreadable` and its cause. Raises UserError if there is no such
     folder or no point in it.
     """
-    rows = [read_row(path, THROUGHPUT, _row) for path in point_folders(folder, "./mixtral_tp.sh")]
+    rows = [read_row(path, THROUGHPUT, _row) for path in point_folders(folder, "./mixtral_tp.sh or ./mamba_tp.sh")]
     _add_rates(rows)
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table = add_extrapolation(table)
@@ -104,7 +105,8 @@ def _utilisation(found: results.PointFolder, timed: dict[str, np.ndarray], total
     device = _device(found.environment)
     if device is None:
         return {"mfu_pct": None, "hfu_pct": None}
-    forward = flops.forward_flop(found.point["model_config"], found.point["recipe"])
+    family = find_family(found.point["point"]["model"])
+    forward = family.forward_flop(found.point["model_config"], found.point["recipe"])
     slots = timed["padded_tokens"].astype(float)
     lengths = timed["seq_len_tokens"].astype(float)
     tokens = timed["tokens"].astype(float)

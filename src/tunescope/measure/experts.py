@@ -1,6 +1,6 @@
 """Tokens per expert: counted at a model's routers, on a fixed probe before the first step and after the last.
 
-What the routers of a kind of model are is a row of ROUTERS; everything else here knows no model.
+What the routers of a kind of model are is its families.Routing; everything else here knows no model.
 """
 
 import contextlib
@@ -18,6 +18,8 @@ from torch.nn import functional
 from transformers import TrainerCallback
 
 from tunescope.expert_tokens import AFTER, BEFORE
+from tunescope.families import family_of
+from tunescope.families.family import Routing
 
 MICRO_BATCH = 4  # queries of a probe in one forward: few, so that a probe never needs more memory than training
 PAD_MULTIPLE = 8  # as the engine pads
@@ -25,31 +27,17 @@ PAD_MULTIPLE = 8  # as the engine pads
 # T tokens (queries * slots), E experts, K top_k
 
 
-@dataclass(frozen=True)
-class Router:
-    """How one kind of model routes.
+def _chosen(routing: Routing, block: Any, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (T, E), not negative, and the experts chosen (T, K), of a router's output.
 
-    path: full names of its routers, with the layer's number as group. It matches the outermost module of that name:
-    PEFT's wrapper where there is one, whose output the model uses.
-    choice: (module that holds the router, router's output) -> scores (T, E), not negative, and experts chosen (T, K).
     It repeats the model's own operations on the same tensor: bf16 scores often tie, and any other way to the K largest
     would break ties otherwise than the model did.
     """
-
-    path: re.Pattern[str]
-    choice: Callable[[Any, Any], tuple[torch.Tensor, torch.Tensor]]
-
-
-def _mixtral_choice(block: Any, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As MixtralSparseMoeBlock.forward of transformers 4.57."""
-    scores_TE = functional.softmax(logits_TE, dim=1, dtype=torch.float)
-    return scores_TE, torch.topk(scores_TE, block.top_k, dim=-1).indices
-
-
-# By config.model_type.
-ROUTERS = {
-    "mixtral": Router(re.compile(r"(?:.*\.)?layers\.(\d+)\.block_sparse_moe\.gate"), _mixtral_choice),
-}
+    if routing.score == "softmax":
+        scores_TE = functional.softmax(logits_TE, dim=1, dtype=torch.float)
+    else:
+        scores_TE = logits_TE.sigmoid()
+    return scores_TE, torch.topk(scores_TE, getattr(block, routing.top_k), dim=-1).indices
 
 
 @dataclass
@@ -73,14 +61,15 @@ class RouterCounter:
 
     def __init__(self, model: nn.Module) -> None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        router = ROUTERS.get(str(model_type))
-        if router is None:
+        family = family_of({"model_type": model_type})
+        if family is None:
             raise LookupError(f"where a model of type {model_type!r} has its routers is not known")
-        matches = [(router.path.fullmatch(name), name, module) for name, module in model.named_modules()]
+        routing = family.routing
+        matches = [(re.fullmatch(routing.path, name), name, module) for name, module in model.named_modules()]
         self._routers = {int(match[1]): (name, module) for match, name, module in matches if match is not None}
         if not self._routers:
-            raise LookupError(f"the model of type {model_type!r} has no module named like {router.path.pattern}")
-        self._model, self._choice = model, router.choice
+            raise LookupError(f"the model of type {model_type!r} has no module named like {routing.path}")
+        self._model, self._routing = model, routing
         self._handles: list[Any] = []
         self._layers: dict[int, _Layer] = {}
         self._real_T: torch.Tensor | None = None  # of the forward under way: which slots hold a token
@@ -116,7 +105,7 @@ class RouterCounter:
     def _count(self, layer: int, block: Any, module: Any, args: Any, output: Any) -> None:
         if torch._C._current_graph_task_id() != -1:  # inside backward: a recompute
             return
-        scores_TE, chosen_TK = self._choice(block, output)
+        scores_TE, chosen_TK = _chosen(self._routing, block, output)
         real_T = self._real_T
         if real_T is None or len(real_T) != len(scores_TE):
             raise RuntimeError("a router ran outside the forward of the model that is counted")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from tunescope import checkpoints, config, paper
 from tunescope.config import Point
 from tunescope.data import files
 from tunescope.errors import UserError
-from tunescope.models import architectures
+from tunescope.families.family import Family
 from tunescope.train import recipe as recipes
 
 # Of a model folder: whatever decides how many tokens a query has, or which weights are meant.
@@ -17,6 +18,8 @@ _SMALL_FILES = (
     "config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "vocab.json", "merges.txt",
 )  # fmt: skip
+TRITON, MAMBA_SSM, REFERENCE = SCANS = ("triton", "mamba-ssm", "reference")
+MAMBA_SSM_MODULES = ("mamba_ssm", "causal_conv1d")
 MIN_BATCHES = 4  # in a training set, so that an epoch is not mostly its own end
 
 
@@ -145,25 +148,64 @@ def find_model_dir(model: str, preset: str, model_path: Path | None) -> Path | N
     if model_path is not None:
         checkpoints.check_model_dir(model_path)
         return model_path
-    return checkpoints.find_checkpoint(model) if preset != "tiny" else None
+    if preset == "tiny" or model not in checkpoints.REPOS:
+        return None
+    return checkpoints.find_checkpoint(model)
 
 
-def checked_config(model_dir: Path) -> dict[str, Any]:
-    """A folder's config.json, which must describe a model of this launcher's kind. Raises UserError."""
+def refuse_unconverted(model: str) -> None:
+    """Raises UserError where a checkpoint was fetched and lacks only its conversion: random weights would surprise."""
+    if model in checkpoints.REPOS and (found := checkpoints.find_unconverted(model)) is not None:
+        raise UserError(
+            f"the checkpoint of {model} is downloaded and not converted: {found}",
+            cure=f"python3 model_download.py --model {model} converts it; for random weights name a folder that has "
+            "just a config.json: --model-path FOLDER",
+        )
+
+
+def checked_config(model_dir: Path, family: Family) -> dict[str, Any]:
+    """A folder's config.json, which must describe a model of the family. Raises UserError."""
     content = checkpoints.read_json(model_dir / "config.json")
-    model_type, experts = content.get("model_type"), content.get("num_local_experts")
-    if model_type != "mixtral" or experts != config.NUM_EXPERTS["mixtral"]:
+    model_type, experts = content.get("model_type"), content.get(family.experts_key)
+    if model_type != family.model_type or experts != family.num_experts:
         raise UserError(
             f"{model_dir} holds a model of type {model_type!r} with {experts} experts",
-            cure="this launcher needs type mixtral with 8 experts",
+            cure=f"this launcher needs type {family.model_type} with {family.num_experts} experts",
         )
-    for key in architectures.SIZES:
+    for key in family.size_keys:
         if type(content.get(key)) is not int or content[key] < 1:
             raise UserError(
                 f"{model_dir / 'config.json'} says {key}: {content.get(key)!r}; it must be a number from 1",
                 cure="take the config.json that came with the model",
             )
     return content
+
+
+def available_scan(family: Family, wanted: str, *, use_gpu: bool) -> str | None:
+    """The selective scan that the flag --scan stands for on this machine; None for a model that has none.
+
+    Raises UserError for one that is unknown, or that cannot run here.
+    """
+    if not family.has_scan:
+        if wanted != "auto":
+            raise UserError(f"--scan {wanted}: {family.name} has no selective scan", cure="drop --scan")
+        return None
+    if wanted not in ("auto", *SCANS):
+        raise UserError(f"--scan {wanted} is unknown", cure=f"use one of auto, {', '.join(SCANS)}")
+    if wanted == "auto":
+        return TRITON if use_gpu else REFERENCE
+    if wanted != REFERENCE and not use_gpu:
+        raise UserError(
+            f"--scan {wanted} needs a GPU and none was found",
+            cure=f"use --scan {REFERENCE} (or auto), or see `python3 -m tunescope doctor`",
+        )
+    if wanted == MAMBA_SSM and (lacking := [name for name in MAMBA_SSM_MODULES if find_spec(name) is None]):
+        raise UserError(
+            f"--scan {MAMBA_SSM} needs packages that are not installed: {', '.join(lacking)}",
+            cause="they are an optional extra, built for one version of torch and CUDA",
+            cure="pip install -r requirements/cuda.txt, or use --scan triton, which needs neither",
+        )
+    return wanted
 
 
 def weights_facts(model_dir: Path | None) -> dict[str, Any]:
@@ -177,9 +219,8 @@ def weights_facts(model_dir: Path | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": "random"}
     if checkpoints.holds_weights(model_dir):
         facts["kind"] = "checkpoint"
-        if model_dir.parent.name == "snapshots":
-            facts["repo"] = model_dir.parent.parent.name.removeprefix("models--").replace("--", "/")
-            facts["revision"] = model_dir.name
+        if (origin := checkpoints.origin_of(model_dir)) is not None:
+            facts["repo"], facts["revision"] = origin.repo_id, origin.revision
         weights = [path for path in model_dir.iterdir() if checkpoints.is_weight_file(path.name)]
         facts["weight_bytes"] = sum(path.stat().st_size for path in weights)
     for name in _SMALL_FILES:

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunescope import config
+from tunescope import config, presets
 from tunescope.config import Point, Protocol
 from tunescope.errors import UserError
+from tunescope.families import find_family
 from tunescope.gpus import Gpu, driver_is_too_old, list_gpus
 from tunescope.hardware import GIB
 from tunescope.measure import inputs
 from tunescope.measure.environment import cpu_name, git_revision, package_versions, speed_settings
 from tunescope.measure.inputs import Data
-from tunescope.models import architectures
-from tunescope.models.architectures import Size
+from tunescope.presets import Size
 from tunescope.results import SCHEMA_VERSION, digest
 from tunescope.train import recipe as recipes
 from tunescope.train.workload import Workload
@@ -24,7 +24,6 @@ from tunescope.train.workload import Workload
 # Enough that the stratified sample has the histogram's shape; tiny trades that for a quick start.
 NUM_SAMPLES = 1000
 NUM_SAMPLES_TINY = 256
-MOE_STOCK = "stock"
 _PROTOCOLS = {  # (kind, is preset tiny)
     (config.THROUGHPUT, False): Protocol(),
     (config.THROUGHPUT, True): config.TINY_PROTOCOL,
@@ -46,6 +45,7 @@ class Options:
     datasets: tuple[str, ...] = ()
     model_path: Path | None = None
     reentrant: bool = False
+    scan: str = "auto"
     memory_budget_gib: float | None = None
     max_seconds: float | None = None
     seq_len: int | None = None
@@ -79,7 +79,7 @@ class PointSpec:
             "protocol": self.protocol.to_json(),
             "weights": self.weights,
             "data": self.data,
-            "moe": MOE_STOCK,
+            "moe": find_family(self.workload.point.model).moe_path,
             "device": self.device,
             "memory_budget_bytes": self.memory_budget_bytes,
             "stack": self.stack,
@@ -161,13 +161,22 @@ def make_plan(options: Options) -> Plan:
             cause=f"--points names none of data set {', '.join(sorted(unused))}",
             cure="add points of it, or drop --points to run the figure's batch sizes on it",
         )
-    recipe = recipes.load_recipe(recipes.recipe_folder() / recipes.RECIPES[options.model])
-    recipe["use_reentrant_gc"] = options.reentrant
+    family = find_family(options.model)
+    recipe = recipes.load_recipe(recipes.recipe_folder() / family.recipe)
+    if "use_reentrant_gc" in recipe:
+        recipe["use_reentrant_gc"] = options.reentrant
+    elif options.reentrant:
+        raise UserError(
+            f"--reentrant says how to checkpoint, and the recipe of {family.name} does not checkpoint",
+            cure="drop --reentrant",
+        )
+    scan = inputs.available_scan(family, options.scan, use_gpu=gpu is not None)
 
     model_dir = inputs.find_model_dir(options.model, options.preset, options.model_path)
-    base = inputs.checked_config(model_dir) if model_dir else architectures.built_in_config("full")
-    memory_bytes = architectures.with_budget(gpu.memory_total_bytes if gpu else None, options.memory_budget_gib)
-    size = architectures.choose_size(
+    base = inputs.checked_config(model_dir, family) if model_dir else family.full
+    memory_bytes = presets.with_budget(gpu.memory_total_bytes if gpu else None, options.memory_budget_gib)
+    size = presets.choose_size(
+        family,
         base,
         options.preset,
         memory_bytes,
@@ -175,13 +184,15 @@ def make_plan(options: Options) -> Plan:
         own_model=options.model_path is not None,
     )
     if size.preset == "tiny":
-        base, model_dir = architectures.built_in_config("tiny"), None
+        base, model_dir = family.tiny, None
+    elif model_dir is None:
+        inputs.refuse_unconverted(family.name)
     named = inputs.study_files() | given
     probe_files = inputs.probe_files(named) if options.kind == config.LATENCY else {}
     common = _Common(
         options=options,
         recipe=recipe,
-        full_config=base,
+        full_config=base | ({"scan": scan} if scan else {}),
         model_dir=model_dir,
         weights=inputs.weights_facts(model_dir),
         gpu=gpu,
@@ -211,7 +222,7 @@ def _points(options: Options) -> list[Point]:
 
 
 def _check_options(options: Options) -> None:
-    config.check_model(options.model)
+    find_family(options.model)
     if options.preset not in ("auto", *config.PRESETS):
         raise config.unknown_preset(options.preset)
     if options.max_seconds is not None and options.queries is not None:
@@ -257,7 +268,7 @@ def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
     workload = Workload(
         point=point,
         recipe=recipe,
-        model_config=architectures.config_at(common.full_config, point.num_layers, point.top_k),
+        model_config=find_family(point.model).config_at(common.full_config, point.num_layers, point.top_k),
         model_dir=str(common.model_dir) if common.model_dir else None,
         data_entry=data.entry,
         num_samples=num_samples,

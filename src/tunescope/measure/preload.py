@@ -9,6 +9,7 @@ import datasets  # noqa: F401
 import peft  # noqa: F401
 import torch
 import transformers.models.mixtral.modeling_mixtral
+import transformers.models.qwen3_moe.modeling_qwen3_moe
 import transformers.trainer  # noqa: F401
 import trl  # noqa: F401
 

@@ -1,5 +1,6 @@
 """What happens once as training begins, before the first step: limits are set, facts are read."""
 
+import bisect
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class RunFacts(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.facts = {
-            "attention": getattr(model.config, "_attn_implementation", None),
+            "attention": model.config._attn_implementation if hasattr(model.config, "num_attention_heads") else None,
             "compute_dtype": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         }
 
@@ -50,10 +51,14 @@ class MeetLongestBatch(TrainerCallback):
     once, not when an epoch meets its longest batch. Nothing that is learned changes: gradients are dropped, no weight
     and no optimizer state is touched.
 
+    by_length: also a batch of half that length, of a quarter and so on, down to the shortest. A model with Triton
+    kernels compiles them anew for some lengths, which takes seconds once on a machine, and timed steps would pay.
+
     `why_not` says why it was left out, where it was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_length: bool = False) -> None:
+        self.by_length = by_length
         self.why_not: str | None = None
 
     def on_train_begin(
@@ -69,13 +74,20 @@ class MeetLongestBatch(TrainerCallback):
             model.zero_grad(set_to_none=True)
 
     def _meet(self, args: Any, model: Any, train_dataloader: Any) -> None:
-        dataset = train_dataloader.dataset
+        dataset, size = train_dataloader.dataset, args.per_device_train_batch_size
         lengths = [len(ids) for ids in dataset["input_ids"]]
-        longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-args.per_device_train_batch_size :]
-        batch = train_dataloader.collate_fn([dataset[number] for number in longest])
+        by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
         model.train()
-        tensors = {name: value.to(args.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-        model(**tensors).loss.backward()
+        end = len(by_length)
+        while end > 0:
+            numbers = by_length[max(end - size, 0) : end]
+            batch = train_dataloader.collate_fn([dataset[number] for number in (numbers + by_length)[:size]])
+            tensors = {name: value.to(args.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+            model(**tensors).loss.backward()
+            if not self.by_length:
+                return
+            half = lengths[numbers[-1]] / 2
+            end = bisect.bisect_right(by_length, half, key=lengths.__getitem__)
 
 
 def is_out_of_memory(error: Exception) -> bool:

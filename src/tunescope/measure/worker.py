@@ -11,6 +11,7 @@ from typing import Any
 from tunescope import results
 from tunescope.errors import UserError
 from tunescope.measure.faults import fault, fault_callback
+from tunescope.measure.inputs import TRITON
 from tunescope.measure.plan import PointSpec
 
 SCRATCH = "scratch"
@@ -54,7 +55,8 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
     scratch_dir = work_dir / SCRATCH
     recording = make_recording(spec, _Ticker(connection), energy, work_dir, scratch_dir / MODEL_FOLDER)
     recorder = recording.steps
-    run_facts, longest = RunFacts(), MeetLongestBatch()
+    compiles = spec.workload.model_config.get("scan") == TRITON
+    run_facts, longest = RunFacts(), MeetLongestBatch(by_length=compiles)
     facts: dict[str, Any] = {}
     status, cause = "ok", None
     try:

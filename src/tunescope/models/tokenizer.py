@@ -3,7 +3,8 @@
 from pathlib import Path
 
 UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
-MARKERS = ("[INST]", "[/INST]")  # the template `mistral` writes them; each becomes one token
+# What the templates `mistral` and `qwen3_nothink` write; each becomes one token.
+MARKERS = ("[INST]", "[/INST]", "<|im_start|>", "<|im_end|>")
 KIND = "generated-wordlevel"
 
 

@@ -7,21 +7,9 @@ import csv
 import io
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import NamedTuple
 
 GPU = "NVIDIA A40"  # every launcher of the paper ran on it; sweeps on other GPUs say so in `gpu`
-# What makes a config.json's model the paper's: the shapes that decide what a step costs. A few tokens more in the
-# vocabulary, as fine-tuned copies have, change nothing that could be measured.
-_MODEL_SHAPES = {
-    "mixtral": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_local_experts": 8,
-    },
-}
-_MODEL_LAYERS = {"mixtral": 32}
 
 
 @cache
@@ -56,13 +44,32 @@ def a40_queries_per_s(model: str, dataset: str, top_k: int, batch_size: int) -> 
     return None
 
 
-def is_papers_model(model: str, config: dict[str, Any], total_layers: int) -> bool:
-    """Whether a config.json, at its full depth of total_layers, is of the model that the paper measured."""
-    shapes = _MODEL_SHAPES.get(model)
-    return (
-        shapes is not None
-        and total_layers == _MODEL_LAYERS[model]
-        and all(config.get(key) == value for key, value in shapes.items())
+class RelabelledBar(NamedTuple):
+    """A bar of Figure 8 whose value the paper's own sweep (Figure 14) has at another batch size, which step times
+    support."""
+
+    dataset: str
+    top_k: int
+    figure_batch_size: int
+    sweep_batch_size: int
+    queries_per_s: float
+
+
+@cache
+def relabelled_bars(model: str) -> tuple[RelabelledBar, ...]:
+    """Of one model, in the figure's order."""
+    return tuple(
+        RelabelledBar(
+            row["dataset"],
+            int(row["top_k"]),
+            int(row["batch_size"]),
+            int(row["sweep_batch_size"]),
+            float(row["throughput_queries_per_s"]),
+        )
+        for row in rows("throughput")
+        if row["figure"] == "Fig. 8"
+        and row["model"] == model
+        and row["sweep_batch_size"] not in ("", row["batch_size"])
     )
 
 

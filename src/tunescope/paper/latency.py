@@ -39,6 +39,17 @@ def moe_pct(model: str) -> float:
     return sum(shares) / len(shares)
 
 
+def layers_of_step_frac(model: str) -> list[float]:
+    """Of each bar, Figure 5's sum over Figure 4's forward and backward, which should be about the same."""
+    fractions = []
+    for top_k, batch in points(model):
+        layers = layer_s(model, top_k, batch, SEQ_LEN_TOKENS)
+        phases = phase_s(model, top_k, batch, SEQ_LEN_TOKENS)
+        if layers and phases:
+            fractions.append(sum(layers.values()) / (phases["forward"] + phases["backward"]))
+    return fractions
+
+
 def ablation_s(model: str, top_k: int, batch_size: int, seq_len_tokens: int | None) -> float | None:
     """Seconds of forward and backward at one length (section IV-B6). The paper ran the largest batch that fits, and
     says which only at length 128."""

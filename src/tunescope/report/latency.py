@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tunescope.analyze.latency_tables import LatencyTables, latency_tables, summ
 from tunescope.analyze.layouts import EMBEDDING, FINAL_NORM, HEAD, LAYER_ITSELF, LAYOUTS, OUTSIDE_LAYERS
 from tunescope.analyze.points import UNREADABLE
 from tunescope.errors import UserError
+from tunescope.families import FAMILIES
 from tunescope.hardware import GIB
 from tunescope.paper import latency as papers
 from tunescope.report import latency_notes
@@ -71,8 +73,10 @@ def latency_text(tables: LatencyTables, layer: int | None = None, *, num_unfinis
             blocks.append(f"{title}\n\n{_layers_table(tables, row, layer)}")
         blocks.append(latency_notes.layers(tables, group))
         for row in records(group):
-            what = f"Figure 6 from the profiler: operators of {row['op_part']}, {_scope(row, layer)}"
-            blocks.append(f"{what}, {_label(row)} {machine}\n\n{_operators_table(tables, row, layer)}")
+            for part, cells in _operators_by_part(tables, row, layer):
+                figure = "Figure 6 from the profiler: operators" if part == row["op_part"] else "Operators"
+                what = f"{figure} of {part}, {_scope(row, layer)}"
+                blocks.append(f"{what}, {_label(row)} {machine}\n\n{_operators_table(cells)}")
         blocks.append(latency_notes.operators(group))
         blocks.append(f"Memory (GiB), {where}\n\n{_memory_table(tables, group)}")
         blocks.append(latency_notes.memory(group))
@@ -139,7 +143,7 @@ def _layers_table(tables: LatencyTables, row: dict[str, Any], layer: int | None)
     header = ["part", *_PASSES, "other", "total", "share %", "launches", *(f"span {phase}" for phase in _PASSES)]
     header += ["A40 paper", "its share %"] if with_paper else []
     rows = []
-    for part in sorted(busy_ms.index, key=_part_order):
+    for part in sorted(busy_ms.index, key=_part_order(row["model"])):
         per_phase = busy_ms.loc[part]
         total_ms = per_phase.sum()
         other_ms = per_phase.reindex(_OTHER_PHASES).sum()
@@ -162,21 +166,34 @@ def _value(values: pd.Series, name: str) -> float:
     return float(values.get(name, float("nan")))
 
 
-def _part_order(part: str) -> tuple[int, str]:
-    known = [part for layout in LAYOUTS for part in layout.parts]
-    order = [EMBEDDING, *known, LAYER_ITSELF, FINAL_NORM, HEAD, OUTSIDE_LAYERS]
-    if part in order:
-        return order.index(part), part
-    return (len(order) if not part.startswith("(") else len(order) + 1), part
+def _part_order(model: str) -> Callable[[str], tuple[int, str]]:
+    """In the order of a step: parts of the model's own layout, then any other, then work outside of modules."""
+    layout = FAMILIES[model].layout if model in FAMILIES else None
+    order = [EMBEDDING, *(layout.parts if layout else ()), LAYER_ITSELF, FINAL_NORM, HEAD, OUTSIDE_LAYERS]
+
+    def key(part: str) -> tuple[int, str]:
+        if part in order:
+            return order.index(part), part
+        return (len(order) if not part.startswith("(") else len(order) + 1), part
+
+    return key
 
 
 # --- Figure 6 ---
 
 
-def _operators_table(tables: LatencyTables, row: dict[str, Any], layer: int | None) -> str:
+def _operators_by_part(
+    tables: LatencyTables, row: dict[str, Any], layer: int | None
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The figure's part first, then the others that the layout divides."""
     cells = tables.operators[tables.operators["folder"] == row["folder"]]
     if layer is not None:
         cells = cells[cells["layer"] == layer]
+    for part in sorted(set(cells["part"]), key=lambda part: (part != row["op_part"], part)):
+        yield part, cells[cells["part"] == part]
+
+
+def _operators_table(cells: pd.DataFrame) -> str:
     sums = cells.groupby(["label", "phase"])[["busy_ns", "num_launches"]].sum()
     whole_ns = sums["busy_ns"].sum()
     with_paper = cells["paper_a40_us_per_launch"].notna().any()

@@ -4,6 +4,7 @@ Everything that decides what is trained is in a Workload, as data; callbacks com
 """
 
 import contextlib
+import importlib
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,8 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from tunescope.data import files, synthetic
 from tunescope.errors import UserError
-from tunescope.models import folder, mixtral, tokenizer
+from tunescope.families import FAMILIES, find_family
+from tunescope.models import folder, tokenizer
 from tunescope.train.workload import Workload
 
 DATASET_KEY = "tunescope"
@@ -59,6 +61,13 @@ def engine_errors() -> Iterator[None]:
         ) from None
 
 
+def register(*names: str) -> None:
+    """Makes models known to transformers' Auto classes, and folders without weights loadable; all of them if none is
+    named."""
+    for name in names or FAMILIES:
+        importlib.import_module(find_family(name).registration).register()
+
+
 def has_gpu() -> bool:
     import torch
 
@@ -71,7 +80,7 @@ def cpu_arguments() -> dict[str, Any]:
     fp32, because bf16 there compiles a kernel for every new number of tokens that an expert gets: 4 times slower at
     the size of preset tiny.
     """
-    return {"use_cpu": True, "bf16": False}
+    return {"use_cpu": True, "bf16": False, "pure_bf16": False}
 
 
 def available_attention(wanted: str, *, use_cpu: bool) -> str:
@@ -83,7 +92,7 @@ def available_attention(wanted: str, *, use_cpu: bool) -> str:
 
 def prepare(workload: Workload, scratch_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model and data folders under `scratch_dir`, and the arguments for the engine, with facts for provenance."""
-    mixtral.register()
+    register(workload.point.model)
     recipe = workload.recipe
     cutoff_len_tokens = int(recipe.get("cutoff_len", 2048))
     model_dir, data_dir = scratch_dir / MODEL_FOLDER, scratch_dir / "data"

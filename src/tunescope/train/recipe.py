@@ -8,7 +8,6 @@ import yaml
 
 from tunescope.errors import UserError
 
-RECIPES = {"mixtral": "mixtral_qlora.yaml"}
 # Keys by which a recipe would run code that came with a model, or hide what is measured.
 _REFUSED = {"trust_remote_code": "code inside a checkpoint would run on your machine"}
 _OVERRIDE_CURE = "write it as in a recipe, with '=': lora_rank=8"

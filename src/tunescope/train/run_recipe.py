@@ -30,10 +30,10 @@ def run_recipe(settings: dict[str, Any], recipe: Path) -> None:
 
     from llamafactory.train.tuner import run_exp
 
-    from tunescope.models import folder, mixtral
-    from tunescope.train.engine import available_attention, cpu_arguments, engine_errors, has_gpu
+    from tunescope.models import folder
+    from tunescope.train.engine import available_attention, cpu_arguments, engine_errors, has_gpu, register
 
-    mixtral.register()
+    register()
     use_cpu = bool(arguments.get("use_cpu")) or not has_gpu()
     if use_cpu:
         print("tunescope: no GPU is used: training on the CPU in fp32", file=sys.stderr)
