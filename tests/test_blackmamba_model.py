@@ -5,11 +5,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import peft
 import pytest
 import torch
 from helpers_blackmamba import SETS, golden_config, golden_gradients, golden_io, golden_model, relative
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from tunescope.families.blackmamba import BLACKMAMBA_2_8B, BLACKMAMBA_TINY
 from tunescope.models import blackmamba
@@ -256,6 +257,25 @@ def test_lora_adapts_its_linears_and_merges_exactly() -> None:
     assert len(trained) == 2 * len(targets) * 2
     assert all(gradient is not None and gradient.any() for gradient in trained.values())
     torch.testing.assert_close(adapted.merge_and_unload()(input_ids=ids).logits, logits, rtol=0, atol=1e-5)
+
+
+def test_loaded_in_4_bit_it_is_the_same_function_of_the_rounded_weights(tmp_path: Path) -> None:
+    """A quantiser puts its own linears in place of those here; none of them may add what the scan adds itself."""
+    blackmamba.register()
+    model, ids = small(), tokens()
+    model.save_pretrained(tmp_path)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=nf4, torch_dtype=torch.float32)
+    replaced = {name: m for name, m in quantised.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert {name.rpartition(".")[2] for name in replaced} == {"in_proj", "x_proj", "out_proj", "router"}
+    for name, module in replaced.items():
+        rounded = bitsandbytes.functional.dequantize_4bit(module.weight, module.weight.quant_state)
+        model.get_submodule(name).weight.data.copy_(rounded)
+    torch.testing.assert_close(quantised(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-4)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text((tmp_path / "config.json").read_text())
+    with pytest.raises(ValueError, match="holds no weights"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "empty", quantization_config=nf4)
 
 
 def test_generation_continues_with_the_likeliest_token_each_time() -> None:

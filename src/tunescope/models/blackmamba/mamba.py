@@ -27,8 +27,16 @@ class TimeContiguousLinear(nn.Linear):
         return y_OT.t() if self.bias is None else y_OT.t() + self.bias
 
 
-class DeltaProjection(TimeContiguousLinear):
-    """Step sizes before their bias: the scan adds it, in fp32."""
+class DeltaProjection(nn.Module):
+    """Step sizes before their bias: the scan adds it, in fp32.
+
+    No nn.Linear, so that nobody who replaces linears (a quantiser does) puts one here that adds the bias, too.
+    """
+
+    def __init__(self, config: BlackMambaConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.inner_size, config.delta_rank))
+        self.bias = nn.Parameter(torch.empty(config.inner_size))
 
     def forward(self, x_TR: Tensor) -> Tensor:
         return functional.linear(self.weight, x_TR).t()
@@ -73,7 +81,7 @@ class BlackMambaMixer(nn.Module):
         self.in_proj = TimeContiguousLinear(hidden, 2 * inner, bias=False)
         self.conv1d = CausalConvolution(config)
         self.x_proj = TimeContiguousLinear(inner, sum(self.split), bias=False)
-        self.dt_proj = DeltaProjection(rank, inner)
+        self.dt_proj = DeltaProjection(config)
         self.scan = SelectiveScan(config)
         self.out_proj = nn.Linear(inner, hidden, bias=False)
         self.A_log = nn.Parameter(torch.empty(inner, config.state_size))
@@ -107,7 +115,7 @@ class BlackMambaMixer(nn.Module):
         for parameter in self.conv1d.parameters():
             bound = self.conv1d.weight.shape[-1] ** -0.5
             nn.init.uniform_(parameter, -bound, bound)
-        bound = self.dt_proj.in_features**-0.5
+        bound = self.dt_proj.weight.shape[1] ** -0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         # Step sizes log-uniform: the inverse of softplus of what they shall be.
         log_range = math.log(DELTA_MIN), math.log(DELTA_MAX)

@@ -131,6 +131,8 @@ class BlackMambaForCausalLM(BlackMambaPreTrainedModel, GenerationMixin):
         folder = Path(pretrained_model_name_or_path)
         if not (folder / "config.json").is_file() or checkpoints.holds_weights(folder):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(f"{folder} holds no weights, and random ones of BlackMamba are made unquantised only")
         config = kwargs.get("config") or BlackMambaConfig.from_pretrained(folder)
         return random_model(config, kwargs.get("torch_dtype", kwargs.get("dtype")), kwargs.get("device_map"))
 
