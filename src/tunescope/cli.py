@@ -26,7 +26,7 @@ app = typer.Typer(
     help=__doc__,
 )
 run_app = typer.Typer(no_args_is_help=True, help="Measure the points of a figure; finished ones are skipped.")
-table_app = typer.Typer(no_args_is_help=True, help="Print a figure's table from measured points.")
+table_app = typer.Typer(no_args_is_help=True, help="Print a figure's table, most of them from measured points.")
 app.add_typer(run_app, name="run")
 app.add_typer(table_app, name="table")
 
@@ -170,6 +170,14 @@ def table_kernels(
 
     if not print_kernels(trace, format, limit):
         raise typer.Exit(UserError.EXIT_CODE)
+
+
+@table_app.command("paper-model")
+def table_paper_model(format: Format = "text") -> None:
+    """Figures 13 to 15, Tables III and IV: what the paper's own model gives, beside what the paper prints."""
+    from tunescope.report.paper_model import print_paper_model
+
+    print_paper_model(format)
 
 
 @app.command("train", context_settings={"allow_interspersed_args": True})
