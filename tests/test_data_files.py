@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from helpers_points import engine_queries, tiny_workload
 
+from tunescope import dataset_files as files
 from tunescope.config import Point
-from tunescope.data import files
 from tunescope.errors import UserError
 
 POINT = Point(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tunescope import dataset_files as files
 from tunescope import paper
 from tunescope.config import (
     LATENCY,
@@ -18,7 +19,6 @@ from tunescope.config import (
     Point,
     Protocol,
 )
-from tunescope.data import files
 from tunescope.errors import UserError
 from tunescope.families.mixtral import MIXTRAL_8X7B, MIXTRAL_TINY
 from tunescope.gpus import Gpu, GpuInventory

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tunescope import checkpoints, config, paper
+from tunescope import dataset_files as files
 from tunescope.config import Point
-from tunescope.data import files
 from tunescope.errors import UserError
 from tunescope.families.family import Family
 from tunescope.train import recipe as recipes

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, TrainerCallback
 
-from tunescope.data import files, synthetic
+from tunescope import dataset_files as files
+from tunescope.data import synthetic
 from tunescope.errors import UserError
 from tunescope.families import FAMILIES, find_family
 from tunescope.models import folder, tokenizer

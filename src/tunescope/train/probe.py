@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from tunescope import dataset_files as files
 from tunescope.config import PAPER_DATASETS
-from tunescope.data import files
 from tunescope.models import folder, tokenizer
 from tunescope.train.engine import synthetic_queries
 from tunescope.train.workload import Workload

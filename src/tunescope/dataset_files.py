@@ -15,7 +15,7 @@ from tunescope.errors import UserError
 REAL_FILES = {"cs": "commonsense_15k.json", "math": "math_14k.json"}
 DATASET_INFO = "dataset_info.json"
 
-_FORMATS_CURE = (
+FORMATS_CURE = (
     "write a JSON list (or JSON lines) of objects with 'instruction' and 'output' (alpaca), "
     "or with 'conversations' / 'messages' (sharegpt)"
 )
@@ -60,7 +60,12 @@ class DataFile:
 
 
 def check_dataset_file(path: Path) -> DataFile:
-    """What LLaMA-Factory must be told of a data file, from what is in it.
+    """What LLaMA-Factory must be told of a data file, from what is in it. See read_dataset_file."""
+    return read_dataset_file(path)[0]
+
+
+def read_dataset_file(path: Path) -> tuple[DataFile, list[dict[str, Any]]]:
+    """A data file's description and its rows.
 
     Every row is checked, so that a run does not die on row 10,000, and no row that the engine would drop with a
     warning shrinks the data set unseen. Raises UserError naming file, row (from 0) and cure.
@@ -73,7 +78,7 @@ def check_dataset_file(path: Path) -> DataFile:
         columns = {"prompt": "instruction", "response": "output"}
         if any("input" in row for row in rows):
             columns["query"] = "input"
-        return DataFile({"file_name": str(path.resolve()), "columns": columns}, len(rows))
+        return DataFile({"file_name": str(path.resolve()), "columns": columns}, len(rows)), rows
     for column, tags in _SHAREGPT.items():
         if column in first:
             _check_messages(path, rows, column, tags)
@@ -84,28 +89,28 @@ def check_dataset_file(path: Path) -> DataFile:
                 "columns": {"messages": column},
                 "tags": tags,
             }
-            return DataFile(entry, len(rows))
+            return DataFile(entry, len(rows)), rows
     raise UserError(
         f"{path} is not in a format of LLaMA-Factory: its first row has {sorted(first)}",
-        cure=_FORMATS_CURE,
+        cure=FORMATS_CURE,
     )
 
 
 def load_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix not in _SUFFIXES:
-        raise UserError(f"{path} does not end in {' or '.join(_SUFFIXES)}", cure=_FORMATS_CURE)
+        raise UserError(f"{path} does not end in {' or '.join(_SUFFIXES)}", cure=FORMATS_CURE)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"there is no data file {path}", cure="check the path given with --dataset") from None
+        raise UserError(f"there is no data file {path}", cure="check the path, as it was given") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}", cure=_FORMATS_CURE) from None
+        raise UserError(f"{path} cannot be read: {error}", cure=FORMATS_CURE) from None
     try:
         rows = _parse(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}", cure=_FORMATS_CURE) from None
+        raise UserError(f"{path} is not JSON: {error}", cure=FORMATS_CURE) from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} is not a list of at least one object", cure=_FORMATS_CURE)
+        raise UserError(f"{path} is not a list of at least one object", cure=FORMATS_CURE)
     return rows
 
 
@@ -119,9 +124,9 @@ def _parse(text: str) -> Any:
 def _check_alpaca(path: Path, rows: list[dict[str, Any]]) -> None:
     for number, row in enumerate(rows):
         if not all(isinstance(row.get(key), str) for key in _ALPACA):
-            raise UserError(f"{path}: row {number} has no text in 'instruction' and 'output'", cure=_FORMATS_CURE)
+            raise UserError(f"{path}: row {number} has no text in 'instruction' and 'output'", cure=FORMATS_CURE)
         if not isinstance(row.get("input") or "", str):
-            raise UserError(f"{path}: row {number} has an 'input' that is not text", cure=_FORMATS_CURE)
+            raise UserError(f"{path}: row {number} has an 'input' that is not text", cure=FORMATS_CURE)
 
 
 def _check_messages(path: Path, rows: list[dict[str, Any]], column: str, tags: dict[str, str]) -> None:
@@ -134,7 +139,7 @@ def _check_messages(path: Path, rows: list[dict[str, Any]], column: str, tags: d
         ):
             raise UserError(
                 f"{path}: row {number} has no list of {{'{role}', '{content}'}} with text in '{column}'",
-                cure=_FORMATS_CURE,
+                cure=FORMATS_CURE,
             )
         roles = [message[role] for message in messages]
         turns = roles[1:] if roles[:1] == [tags["system_tag"]] else roles
