@@ -25,8 +25,6 @@ SHORT = {"BLOCK_E": 16, "T": 16, "R": 16}
 VARIANTS = {
     "forward": ("forward_kernel", FORWARD),
     "forward, few programs": ("forward_kernel", FORWARD | {"BLOCK_E": 2, "T": 128, "R": 2}),
-    "forward, odd": ("forward_kernel", FORWARD | ODD),
-    "forward, short, no D and z": ("forward_kernel", FORWARD | SHORT | {"SAVE": 16, "HAS_D": False, "HAS_Z": False}),
     "backward": ("backward_kernel", BACKWARD),
     "backward, few programs": ("backward_kernel", BACKWARD | {"BLOCK_E": 4, "BLOCKS": 1}),
     "backward, split": ("backward_kernel", BACKWARD | {"IS_SPLIT": True}),
@@ -34,6 +32,8 @@ VARIANTS = {
     "carries": ("carries_kernel", {"N": 16, "BLOCK_E": 32}),
 }
 ONLY_ON_HOPPER = {
+    "forward, odd": ("forward_kernel", FORWARD | ODD),
+    "forward, short, no D and z": ("forward_kernel", FORWARD | SHORT | {"SAVE": 16, "HAS_D": False, "HAS_Z": False}),
     "backward, odd": ("backward_kernel", BACKWARD | ODD),
     "backward, short, no D and z": ("backward_kernel", BACKWARD | SHORT | {"HAS_D": False, "HAS_Z": False}),
 }  # fmt: skip

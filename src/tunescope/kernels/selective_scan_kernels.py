@@ -18,7 +18,6 @@ import triton.language as tl
 
 from tunescope.kernels.selective_scan_parts import (
     LOG2_E,
-    NOTHING,
     are_channels,
     chain,
     decays,
@@ -75,8 +74,8 @@ def forward_kernel(
         t_RT = t0 + tl.broadcast_to(tl.arange(0, T)[None, :], (R, T))
         in_ET = in_E[:, None] & (t_ET < length)
         c_ET = load(c_ptr, row_E1 * (c_stride_e * UNIT) + b * (c_stride_b * UNIT) + t_ET, in_ET)
-        # Beyond the end softplus gives 0: nothing decays and nothing is added.
-        v_ET = load(delta_ptr, row_E1 * (delta_stride_e * UNIT) + b * (delta_stride_b * UNIT) + t_ET, in_ET, NOTHING)
+        # Beyond the end c is 0, and so is dy in backward: states decay there, or not, for nobody.
+        v_ET = load(delta_ptr, row_E1 * (delta_stride_e * UNIT) + b * (delta_stride_b * UNIT) + t_ET, in_ET)
         delta_ET = softplus(v_ET + bias_E1)
         delta = steps_of(delta_ET)
         delta_c = steps_of(delta_ET * c_ET)
@@ -160,7 +159,7 @@ def backward_kernel(
             dy_at_ET = row_E1 * (dy_stride_e * UNIT) + b * (dy_stride_b * UNIT) + t_ET
             out_at_ET = row_E1 * (length * batch) + b * length + t_ET
             c_ET = load(c_ptr, c_at_ET, in_ET)
-            delta_ET = softplus(load(delta_ptr, delta_at_ET, in_ET, NOTHING) + bias_E1)
+            delta_ET = softplus(load(delta_ptr, delta_at_ET, in_ET) + bias_E1)
             do_ET = load(dy_ptr, dy_at_ET, in_ET)
             if HAS_Z:
                 z_ET = load(z_ptr, z_at_ET, in_ET)
@@ -273,7 +272,7 @@ def tile_gradients_kernel(
     t_ET = t0 + tl.broadcast_to(tl.arange(0, T)[None, :], (BLOCK_E, T))
     t_RT = t0 + tl.broadcast_to(tl.arange(0, T)[None, :], (R, T))
     in_ET = in_E[:, None] & (t_ET < length)
-    v_ET = load(delta_ptr, row_E1 * (delta_stride_e * UNIT) + b * (delta_stride_b * UNIT) + t_ET, in_ET, NOTHING)
+    v_ET = load(delta_ptr, row_E1 * (delta_stride_e * UNIT) + b * (delta_stride_b * UNIT) + t_ET, in_ET)
     delta_ET = softplus(v_ET + load(bias_ptr, e_E, in_E)[:, None])
     do_ET = load(dy_ptr, row_E1 * (dy_stride_e * UNIT) + b * (dy_stride_b * UNIT) + t_ET, in_ET)
     if HAS_Z:

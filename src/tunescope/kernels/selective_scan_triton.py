@@ -50,9 +50,9 @@ class _Launch:
 def _config(num_channels: int, batch: int, length: int) -> tuple[_Launch, _Launch]:
     """The launches of forward and of backward.
 
-    A thread with two channels saves an eighth of the instructions per channel, but a GPU must have programs enough. In
+    A thread with two channels saves a sixth of the instructions per channel, but a GPU must have programs enough. In
     backward a program leaves its sums over channels in memory: the more channels it has, the less there is to add up
-    afterwards. Where programs are few and tiles many, backward's tiles are split, for a quarter more instructions.
+    afterwards. Where programs are few and tiles many, backward's tiles are split, for a third more instructions.
     """
     tile = min(64, max(16, triton.next_power_of_2(length)))
     num_tiles = triton.cdiv(length, tile)
