@@ -3,9 +3,11 @@
 Its blocks alternate between a Mamba mixer and a mixture of experts, and are counted singly, as its own config does.
 """
 
+import json
 from typing import Any
 
-from tunescope.families.blackmamba_shapes import delta_rank, inner_width, num_parameters
+from tunescope.errors import UserError
+from tunescope.families.blackmamba_shapes import delta_rank, inner_width, num_parameters, parameter_shapes
 from tunescope.families.family import ACCUMULATION, BF16_BYTES, COPY, MATMUL, Family, Layout, OpRule, Routing
 from tunescope.flops import ForwardFlop
 
@@ -45,8 +47,31 @@ BLACKMAMBA_TINY = BLACKMAMBA_2_8B | {
     "torch_dtype": "float32",
 }
 
+EPSILON = 1e-5  # where a config.json says none
+MOE_PATHS = ("grouped", "loop")  # kernels/moe.py; `moe` in a config.json, the first where it says none
 # Full fine-tuning in bf16 keeps of every parameter the weight, its gradient and AdamW's two moments.
 TRAINED_COPIES = 4
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    num_layers = config["num_hidden_layers"]
+    kinds: Any = config.get("layers_block_type")
+    epsilon = config.get("layer_norm_epsilon", EPSILON)
+    are_kinds = isinstance(kinds, list) and all(kind in ("mamba", "moe") for kind in kinds)
+    checks = {
+        "layers_block_type": (
+            are_kinds and len(kinds) == num_layers, f"mamba or moe for each of the {num_layers} layers",
+        ),
+        "tie_word_embeddings": (config.get("tie_word_embeddings", True) is True, "true: the head is the embedding"),
+        "layer_norm_epsilon": (isinstance(epsilon, float) and 0 < epsilon < 1, "a number between 0 and 1"),
+        "moe": (config.get("moe", MOE_PATHS[0]) in MOE_PATHS, " or ".join(MOE_PATHS)),
+    }  # fmt: skip
+    for key, (is_right, wanted) in checks.items():
+        if not is_right:
+            raise UserError(
+                f"config.json says {key}: {json.dumps(config.get(key))}; it must be {wanted}",
+                cure="take the config.json that came with the model",
+            )
 
 
 def _at_depth(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
@@ -79,8 +104,12 @@ def _forward_flop(config: dict[str, Any], recipe: dict[str, Any]) -> ForwardFlop
     )
 
 
-# On a CPU torch goes from group to group inside the one operator, by views and copies.
+_COPY = COPY + r"|\|aten::cat\|[^|]*$"  # backward puts together what forward took apart
+# Without a kernel for all groups torch goes from group to group inside the one operator, by views and copies.
 _GROUPED_MATMUL = MATMUL + r"|\|aten::_grouped_mm\|"
+# The recipe has no LoRA; somebody's own Trainer may.
+_ADAPTED, _ADAPTER = r"(?:\.base_layer)?", r"\.lora_[AB]\b"
+_LORA_SUM = r"\|aten::(mul|add)_?\|"
 _ELEMENTWISE_MUL = r"MulBackward\d*\||\|aten::mul_?\|"
 BLACKMAMBA = Family(
     name="blackmamba",
@@ -96,10 +125,12 @@ BLACKMAMBA = Family(
     ),
     depth_step=2,
     at_depth=_at_depth,
+    check_config=_check_config,
+    parameter_shapes=parameter_shapes,
     resident_bytes=_resident_bytes,
     headroom_gib=2.5,  # activations and logits of one query of the paper's data sets
     forward_flop=_forward_flop,
-    moe_path="grouped",
+    moe_path=MOE_PATHS[0],
     has_scan=True,
     layout=Layout(
         name="blackmamba",
@@ -109,7 +140,8 @@ BLACKMAMBA = Family(
             "moe": (
                 OpRule("matmul(w1)", r"\.fc1$", _GROUPED_MATMUL),
                 OpRule("matmul(w2)", r"\.fc2$", _GROUPED_MATMUL),
-                OpRule("matmul(router)", r"\.router$", MATMUL),
+                OpRule("matmul(router)", rf"\.router{_ADAPTED}$", MATMUL),
+                OpRule("matmul(lora)", _ADAPTER, MATMUL),
                 OpRule("gradient accumulation", "", ACCUMULATION),
                 OpRule("gelu", r"\.experts$", r"[gG]elu"),
                 OpRule("elementwise_mult", r"\.experts$", _ELEMENTWISE_MUL),
@@ -117,25 +149,30 @@ BLACKMAMBA = Family(
                 OpRule("top_k", r"^\.moe$", r"topk|Topk"),
                 # Everything else in the block itself sends tokens to experts and brings them back, copies included.
                 OpRule("gather/scatter/index", r"^\.moe$"),
-                OpRule("casts and copies", "", COPY),
+                OpRule("casts and copies", "", _COPY),
+                OpRule("lora scaling and adding", rf"{_ADAPTER}|\.router$", _LORA_SUM),
                 OpRule("other", ""),
             ),
             "mamba": (
-                OpRule("matmul({1})", r"\.(in_proj|x_proj|dt_proj|out_proj)$", MATMUL),
+                OpRule("matmul({1})", rf"\.(in_proj|x_proj|dt_proj|out_proj){_ADAPTED}$", MATMUL),
+                OpRule("matmul(lora)", _ADAPTER, MATMUL),
                 OpRule("conv1d + silu", r"\.conv1d$"),
                 OpRule("selective scan", r"\.scan$"),
                 OpRule("gradient accumulation", "", ACCUMULATION),
-                OpRule("casts and copies", "", COPY),
+                OpRule("casts and copies", "", _COPY),
+                OpRule("lora scaling and adding", rf"{_ADAPTER}|\.(in_proj|x_proj|out_proj)$", _LORA_SUM),
                 OpRule("other", ""),
             ),
         },
         op_order=(
             "matmul(w1)", "gelu", "matmul(w2)", "elementwise_mult", "top_k", "sigmoid", "matmul(router)",
             "gather/scatter/index", "matmul(in_proj)", "conv1d + silu", "matmul(x_proj)", "matmul(dt_proj)",
-            "selective scan", "matmul(out_proj)", "casts and copies", "gradient accumulation", "other",
+            "selective scan", "matmul(out_proj)", "matmul(lora)", "lora scaling and adding", "casts and copies",
+            "gradient accumulation", "other",
         ),
         op_note="backward of a matmul is the gradients of its input and of its weights. Where the MoE path is grouped, "
-        "matmul(w1) and matmul(w2) are of all experts in one launch; the paper's are of one expert.",
+        "matmul(w1) and matmul(w2) are of all experts in one launch in bf16 on compute capability 9.0 and 10.0; "
+        "elsewhere a launch is of one expert, as the paper's are.",
     ),
     routing=Routing(path=r"(?:.*\.)?layers\.(\d+)\.moe\.router", score="sigmoid"),
     paper_keys=("hidden_size", "intermediate_size", "state_size", "expand", "num_local_experts", "layers_block_type"),

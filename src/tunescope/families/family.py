@@ -73,6 +73,8 @@ class Family:
     full, tiny: config.json of the presets. size_keys: numbers that a config.json must have for it to be planned.
     experts_key: the one that holds the number of experts. depth_step: a depth must be a multiple of it.
     at_depth: (config, num_layers) -> config, where more than num_hidden_layers must change.
+    check_config: raises UserError for a config.json that no model can be built of, whatever its sizes.
+    parameter_shapes: config -> parameter -> shape, where that is known; the weights of a folder are held against it.
     resident_bytes: (config, num_layers) -> GPU bytes held throughout a step: weights, and with full fine-tuning their
     gradients and optimizer state. headroom_gib: what a small batch needs besides, in preset full.
     forward_flop: (config, recipe) -> flops.ForwardFlop.
@@ -98,6 +100,8 @@ class Family:
     at_depth: Callable[[dict[str, Any], int], dict[str, Any]] = field(
         default=lambda config, num_layers: config | {"num_hidden_layers": num_layers}
     )
+    check_config: Callable[[dict[str, Any]], None] = field(default=lambda config: None)
+    parameter_shapes: Callable[[dict[str, Any]], dict[str, tuple[int, ...]]] | None = None
     resident_bytes: Callable[[dict[str, Any], int], int]
     headroom_gib: float
     forward_flop: Callable[[dict[str, Any], dict[str, Any]], ForwardFlop]

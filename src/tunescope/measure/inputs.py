@@ -11,6 +11,7 @@ from tunescope import dataset_files as files
 from tunescope.config import Point
 from tunescope.errors import UserError
 from tunescope.families.family import Family
+from tunescope.families.weight_files import check_weight_files
 from tunescope.train import recipe as recipes
 
 # Of a model folder: whatever decides how many tokens a query has, or which weights are meant.
@@ -20,6 +21,9 @@ _SMALL_FILES = (
 )  # fmt: skip
 TRITON, MAMBA_SSM, REFERENCE = SCANS = ("triton", "mamba-ssm", "reference")
 MAMBA_SSM_MODULES = ("mamba_ssm", "causal_conv1d")
+DTYPES = ("bfloat16", "float16", "float32")  # of weights, by their names in a config.json
+# Taps of a convolution that Triton's kernel and causal-conv1d take.
+CONV_TAPS = (2, 3, 4)
 MIN_BATCHES = 4  # in a training set, so that an epoch is not mostly its own end
 
 
@@ -175,9 +179,20 @@ def checked_config(model_dir: Path, family: Family) -> dict[str, Any]:
     for key in family.size_keys:
         if type(content.get(key)) is not int or content[key] < 1:
             raise UserError(
-                f"{model_dir / 'config.json'} says {key}: {content.get(key)!r}; it must be a number from 1",
+                f"{model_dir / 'config.json'} says {key}: {content.get(key)!r}; it must be a whole number from 1",
                 cure="take the config.json that came with the model",
             )
+    dtype = content.get("dtype", content.get("torch_dtype"))  # transformers wrote the second until 4.56
+    if dtype not in (None, *DTYPES):
+        raise UserError(
+            f"{model_dir / 'config.json'} says dtype: {dtype!r}; it must be one of {', '.join(DTYPES)}",
+            cure="take the config.json that came with the model",
+        )
+    try:
+        family.check_config(content)
+    except UserError as error:
+        raise UserError(f"{model_dir}: {error.what}", cause=error.cause, cure=error.cure) from None
+    check_weight_files(model_dir, family, content)
     return content
 
 
@@ -206,6 +221,16 @@ def available_scan(family: Family, wanted: str, *, use_gpu: bool) -> str | None:
             cure="pip install -r requirements/cuda.txt, or use --scan triton, which needs neither",
         )
     return wanted
+
+
+def check_taps(scan: str | None, model_config: dict[str, Any]) -> None:
+    """Raises UserError where the kernels that come with a scan cannot run the model's convolution."""
+    if scan in (TRITON, MAMBA_SSM) and model_config["conv_kernel"] not in CONV_TAPS:
+        raise UserError(
+            f"the model's convolution has {model_config['conv_kernel']} taps, and that of --scan {scan} takes "
+            f"{CONV_TAPS[0]} to {CONV_TAPS[-1]}",
+            cure=f"use --scan {REFERENCE}, which is slow",
+        )
 
 
 def weights_facts(model_dir: Path | None) -> dict[str, Any]:

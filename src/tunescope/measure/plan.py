@@ -79,7 +79,7 @@ class PointSpec:
             "protocol": self.protocol.to_json(),
             "weights": self.weights,
             "data": self.data,
-            "moe": find_family(self.workload.point.model).moe_path,
+            "moe": self.workload.model_config.get("moe", find_family(self.workload.point.model).moe_path),
             "device": self.device,
             "memory_budget_bytes": self.memory_budget_bytes,
             "stack": self.stack,
@@ -187,6 +187,10 @@ def make_plan(options: Options) -> Plan:
         base, model_dir = family.tiny, None
     elif model_dir is None:
         inputs.refuse_unconverted(family.name)
+    inputs.check_taps(scan, base)
+    if recipe.get("pure_bf16") and gpu is not None:
+        # The engine loads weights as config.json says, and trains them as they are.
+        base = {key: value for key, value in base.items() if key != "dtype"} | {"torch_dtype": "bfloat16"}
     named = inputs.study_files() | given
     probe_files = inputs.probe_files(named) if options.kind == config.LATENCY else {}
     common = _Common(

@@ -8,6 +8,8 @@ from typing import Any
 
 from tunescope import checkpoints
 from tunescope.errors import UserError
+from tunescope.families import family_of
+from tunescope.families.weight_files import check_weight_files
 from tunescope.gpus import list_gpus, show_only
 
 
@@ -62,13 +64,23 @@ def _local_model(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         checkpoints.check_model_dir(path)
+        content = checkpoints.read_json(path / "config.json")
+        check_weight_files(path, family_of(content), content)
         return path
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise UserError(
+            f"there is no folder {name}",
+            cause="model_name_or_path is misspelt, or counts from another folder",
+            cure="name the folder that holds config.json",
+        )
     for model, repos in checkpoints.REPOS.items():
         if repos[0].repo_id == name:
             found = checkpoints.find_checkpoint(model)
             if found is None:
+                is_there = checkpoints.find_unconverted(model) is not None
+                lacks = "downloaded and not converted" if is_there else "not in the Hub cache"
                 raise UserError(
-                    f"the checkpoint {name} is not in the Hub cache",
+                    f"the checkpoint {name} is {lacks}",
                     cure=f"python3 model_download.py --model {model}; or name a folder: model_name_or_path=FOLDER",
                 )
             return found

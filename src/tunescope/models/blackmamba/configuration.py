@@ -4,7 +4,13 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from tunescope.kernels import moe, selective_scan
+
 MAMBA, MOE = BLOCK_TYPES = ("mamba", "moe")
+SIZES = (
+    "vocab_size", "hidden_size", "state_size", "conv_kernel", "intermediate_size", "num_hidden_layers",
+    "num_local_experts", "num_experts_per_tok",
+)  # fmt: skip
 CROSS_ENTROPY, STUDY = LOSSES = ("cross_entropy", "study")
 
 
@@ -51,9 +57,12 @@ class BlackMambaConfig(PretrainedConfig):
         self.expand = expand
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
-        self.layers_block_type = layers_block_type or [BLOCK_TYPES[i % 2] for i in range(num_hidden_layers)]
         self.num_local_experts = num_local_experts
         self.num_experts_per_tok = num_experts_per_tok
+        for name in SIZES:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number from 1")
+        self.layers_block_type = layers_block_type or [BLOCK_TYPES[i % 2] for i in range(num_hidden_layers)]
         self.max_position_embeddings = max_position_embeddings
         self.layer_norm_epsilon = layer_norm_epsilon
         self.loss = loss
@@ -74,10 +83,11 @@ class BlackMambaConfig(PretrainedConfig):
         return -(-self.hidden_size // 16)
 
     def _check(self) -> None:
-        if len(self.layers_block_type) != self.num_hidden_layers or not set(self.layers_block_type) <= {MAMBA, MOE}:
+        kinds = self.layers_block_type
+        is_list = isinstance(kinds, list | tuple) and len(kinds) == self.num_hidden_layers
+        if not is_list or not all(kind in BLOCK_TYPES for kind in kinds):
             raise ValueError(
-                f"layers_block_type must say mamba or moe for each of {self.num_hidden_layers} layers, and is "
-                f"{self.layers_block_type}"
+                f"layers_block_type must say mamba or moe for each of {self.num_hidden_layers} layers, and is {kinds}"
             )
         if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise ValueError(
@@ -85,5 +95,11 @@ class BlackMambaConfig(PretrainedConfig):
             )
         if not self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings is false; BlackMamba's head is its embedding")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss is {self.loss!r}; it must be one of {', '.join(LOSSES)}")
+        if not (isinstance(self.expand, int | float) and self.expand * self.hidden_size >= 1):
+            raise ValueError(f"expand is {self.expand!r}; times hidden_size it must be a width from 1")
+        if not (isinstance(self.layer_norm_epsilon, float) and 0 < self.layer_norm_epsilon < 1):
+            raise ValueError(f"layer_norm_epsilon is {self.layer_norm_epsilon!r}; it must be between 0 and 1")
+        choices = {"loss": LOSSES, "scan": selective_scan.IMPLEMENTATIONS, "moe": moe.IMPLEMENTATIONS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")

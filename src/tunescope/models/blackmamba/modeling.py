@@ -17,7 +17,7 @@ from tunescope.models import random_weights
 from tunescope.models.blackmamba.configuration import CROSS_ENTROPY, MAMBA, BlackMambaConfig
 from tunescope.models.blackmamba.loss import cross_entropy_loss, study_loss
 from tunescope.models.blackmamba.mamba import BlackMambaMixer
-from tunescope.models.blackmamba.moe import BlackMambaMoe, ExpertLinears
+from tunescope.models.blackmamba.moe import BlackMambaMoe, ExpertMatrices
 
 EMBEDDING_STD = 0.02
 
@@ -64,7 +64,7 @@ class BlackMambaPreTrainedModel(PreTrainedModel):
         """As the original: uniform linears, step sizes and decays that span time scales (arXiv 2312.00752, 3.6)."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=EMBEDDING_STD)
-        elif isinstance(module, ExpertLinears):
+        elif isinstance(module, ExpertMatrices):
             module.reset_parameters()
         elif isinstance(module, BlackMambaMixer):
             module.reset_parameters(self.config.num_hidden_layers)

@@ -10,8 +10,11 @@ from tunescope.kernels import moe as kernels
 from tunescope.models.blackmamba.configuration import BlackMambaConfig
 
 
-class ExpertLinears(nn.Module):
-    """The same linear of every expert, without bias: weight (X, out, in)."""
+class ExpertMatrices(nn.Module):
+    """The same linear of every expert, without bias: weight (X, out, in).
+
+    Not called a linear, because LLaMA-Factory would take it for one by its name and ask PEFT to adapt it.
+    """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -35,8 +38,8 @@ class BlackMambaExperts(nn.Module):
 
     def __init__(self, config: BlackMambaConfig) -> None:
         super().__init__()
-        self.fc1 = ExpertLinears(config.num_local_experts, config.hidden_size, 2 * config.intermediate_size)
-        self.fc2 = ExpertLinears(config.num_local_experts, config.intermediate_size, config.hidden_size)
+        self.fc1 = ExpertMatrices(config.num_local_experts, config.hidden_size, 2 * config.intermediate_size)
+        self.fc2 = ExpertMatrices(config.num_local_experts, config.intermediate_size, config.hidden_size)
 
     def forward(self, x_RH: Tensor, ends_X: Tensor) -> Tensor:
         a_RF, b_RF = self.fc1(x_RH, ends_X).chunk(2, dim=-1)
