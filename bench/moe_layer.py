@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from tunescope.families.blackmamba import BLACKMAMBA_2_8B, BLACKMAMBA_TINY  # noqa: E402
-from tunescope.kernels.moe import GROUPED, LOOP  # noqa: E402
+from tunescope.families.family import GROUPED, LOOP  # noqa: E402
 from tunescope.measure.environment import cpu_name, git_revision, package_versions  # noqa: E402
 from tunescope.models.blackmamba.configuration import BlackMambaConfig  # noqa: E402
 from tunescope.models.blackmamba.moe import BlackMambaMoe  # noqa: E402

@@ -28,15 +28,6 @@ MM = "aten::mm"
 Cells = dict[tuple[str, str], int]  # (phase, module) -> operators
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Two threads on two busy cores wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Matmuls(torch.nn.Module):
     """Launches `count` matrix products of its own and nothing else."""
 

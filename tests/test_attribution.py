@@ -6,7 +6,6 @@ each of its two operands that wants a gradient.
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from recording import (
     Matmuls,
     cells,
     leaf,
-    one_thread,
     record,
     through,
     trains,
@@ -32,11 +30,7 @@ from recording import (
 from tunescope import latency_files as files
 from tunescope.analyze.places import LOSS, OUTSIDE
 
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- checkpointing, frozen and trained weights ---

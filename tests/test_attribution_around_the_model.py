@@ -1,7 +1,7 @@
 """Attribution of what lies outside the model: the Trainer's order, optimizers, memory, odd recordings."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from recording import (
     cells,
     hooks_of,
     leaf,
-    one_thread,
     put_mark,
     record,
     through,
@@ -35,11 +34,7 @@ from tunescope import latency_files as files
 from tunescope.analyze.attribution import Recording, attribute, memory_timeline
 from tunescope.analyze.places import AFTER, CHECK, CLIPPING, DATA, LOSS, OUTSIDE, STEPPING, ZEROING
 
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the Trainer's order ---

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,6 @@ from recording import (
     WIDTH,
     Cells,
     modules_table,
-    one_thread,
     operator_ns,
     record,
     through,
@@ -34,11 +33,7 @@ from tunescope.analyze.attribution import Recording, attribute
 from tunescope.analyze.places import NO_OPERATOR, OUTSIDE, STEPPING, UNATTRIBUTED, ZEROING
 from tunescope.analyze.timelines import span_and_busy
 
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- models made by chance ---

@@ -3,7 +3,7 @@
 import csv
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ from recording import (
     cells,
     hooks_of,
     modules_table,
-    one_thread,
     operator_ns,
 )
 from test_training import Watcher, workload
@@ -57,10 +56,7 @@ from tunescope.train.engine import run_workload
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- events recorded on an H200 ---

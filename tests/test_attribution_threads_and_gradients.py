@@ -1,7 +1,6 @@
 """Attribution of hand-made models: threads, and gradients of every origin."""
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from recording import (
     Matmuls,
     cells,
     leaf,
-    one_thread,
     record,
     through,
     trains,
@@ -26,11 +24,7 @@ from recording import (
 
 from tunescope.analyze.places import CHECK, ENGINE, LOSS, OTHER_THREAD, OUTSIDE
 
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- threads ---

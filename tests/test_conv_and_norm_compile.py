@@ -5,16 +5,11 @@ time is right and slow. Runs itself in another process: here the interpreter may
 """
 
 import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_compile import accesses, compile_kernel, output_of
 
-SRC = Path(__file__).parents[1] / "src"
 CAPABILITIES = (80, 90)  # Ampere, Hopper
 # x in bf16 as in training, or in fp32 (V = 4); whole groups (UNIT = V) or not.
 CONV = {"W": 4, "V": 8, "BLOCK_E": 1}
@@ -47,10 +42,6 @@ def compile_all() -> dict[str, dict[str, Any]]:
 def compile_one(module: str, name: str, constants: dict[str, Any], *, capability: int) -> dict[str, Any]:
     import importlib
 
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     kernels = importlib.import_module(f"tunescope.kernels.{module}")
     kernel = getattr(kernels, name)
     num_warps = 4
@@ -62,20 +53,8 @@ def compile_one(module: str, name: str, constants: dict[str, Any], *, capability
         argument: "constexpr" if argument in constants else type_of(argument, module, constants)
         for argument in kernel.arg_names
     }
-    pointers = [index for index, type_ in enumerate(signature.values()) if type_.startswith("*")]
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in pointers}),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps},
-    )
-    cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    accesses = re.findall(r"\b(?:ld|st)\.global(?:\.v\d)?\.b\d+", compiled.asm["ptx"])
-    return {"accesses": accesses, "shared": "st.shared" in compiled.asm["ptx"], **resources}
+    ptx, resources = compile_kernel(kernel, signature, constants, capability=capability, num_warps=num_warps)
+    return {"accesses": accesses(ptx), "shared": "st.shared" in ptx, **resources}
 
 
 def type_of(argument: str, module: str, constants: dict[str, Any]) -> str:
@@ -89,14 +68,7 @@ def type_of(argument: str, module: str, constants: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    environment = os.environ | {
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
-        "PYTHONPATH": os.pathsep.join([str(SRC), os.environ.get("PYTHONPATH", "")]),
-    }
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return output_of(__file__, tmp_path_factory)
 
 
 def test_every_kernel_compiles_and_keeps_its_values_in_registers(compiled: dict[str, dict[str, Any]]) -> None:

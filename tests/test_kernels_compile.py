@@ -5,16 +5,12 @@ it. Runs itself in another process: here the interpreter may have replaced the c
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_compile import accesses, compile_kernel, output_of
 
-SRC = Path(__file__).parents[1] / "src"
 CAPABILITIES = (80, 90)  # Ampere, Hopper
 MODEL = {"N": 16, "BLOCK_E": 8, "T": 64, "R": 4, "UNIT": 8, "EVEN_E": True, "HAS_Z": True}
 FORWARD = MODEL | {"SAVE": 64, "HAS_D": True}
@@ -52,10 +48,6 @@ def compile_all() -> dict[str, dict[str, Any]]:
 
 
 def compile_one(name: str, constants: dict[str, Any], capability: int) -> dict[str, Any]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from tunescope.kernels import selective_scan_kernels
 
     kernel = getattr(selective_scan_kernels, name)
@@ -63,21 +55,9 @@ def compile_one(name: str, constants: dict[str, Any], capability: int) -> dict[s
         if not constants.get(flag, True):
             constants = constants | {pointer: None for pointer in pointers if pointer in kernel.arg_names}
     signature = {argument: "constexpr" if argument in constants else type_of(argument) for argument in kernel.arg_names}
-    pointers = [index for index, type_ in enumerate(signature.values()) if type_.startswith("*")]
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in pointers}),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": 1},
-    )
-    cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
-    ptx = compiled.asm["ptx"]
+    ptx, resources = compile_kernel(kernel, signature, constants, capability=capability, num_warps=1)
     return {
-        "accesses": re.findall(r"\b(?:ld|st)\.global(?:\.v\d)?\.b\d+", ptx),
+        "accesses": accesses(ptx),
         "shuffles": len(re.findall(r"\bshfl\.sync", ptx)),
         "exponentials": set(re.findall(r"\bex2\.approx\S*\.f32", ptx)) == {"ex2.approx.ftz.f32"},
         **resources,
@@ -92,14 +72,7 @@ def type_of(argument: str) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    environment = os.environ | {
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
-        "PYTHONPATH": os.pathsep.join([str(SRC), os.environ.get("PYTHONPATH", "")]),
-    }
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return output_of(__file__, tmp_path_factory)
 
 
 def test_every_kernel_compiles_and_keeps_its_values_in_registers(compiled: dict[str, dict[str, Any]]) -> None:

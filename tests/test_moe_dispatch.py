@@ -88,7 +88,7 @@ def test_torchs_grouped_matmul_equals_group_by_group(expert_TK: list[list[int]],
 def test_the_layer_is_the_same_grouped_and_in_a_loop(top_k: int) -> None:
     torch.manual_seed(0)
     layers = []
-    for implementation in (moe.GROUPED, moe.LOOP):
+    for implementation in moe.IMPLEMENTATIONS:
         config = BlackMambaConfig(**BLACKMAMBA_TINY | {"num_experts_per_tok": top_k, "moe": implementation})
         layers.append(BlackMambaMoe(config).double())
     for parameter in layers[0].parameters():

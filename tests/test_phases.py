@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recording import one_thread, through
+from recording import through
 
 from tunescope import latency_files as files
 from tunescope.measure import phases as phases_module
@@ -17,14 +17,11 @@ from tunescope.measure.memory import memory_parts
 from tunescope.measure.phases import PhaseClock, decoder_layers
 
 FORWARD, RECOMPUTE, BACKWARD, CLIP, OPTIMIZER, REST = files.PHASES
-pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
+    pytest.mark.usefixtures("one_thread"),
+]
 CHECKPOINTING = pytest.mark.parametrize("kind", [None, True, False], ids=["none", "reentrant", "non-reentrant"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 class Clock:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,12 +33,7 @@ RECIPE = REPO / "LLaMA-Factory" / "mixtral_qlora.yaml"
 NUM_EXPERTS = 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def workload(top_k: int = 2, batch: int = 2, max_steps: int | None = 4, **recipe_changes: Any) -> Workload:

@@ -8,7 +8,18 @@ from typing import Any
 
 from tunescope.errors import UserError
 from tunescope.families.blackmamba_shapes import delta_rank, inner_width, num_parameters, parameter_shapes
-from tunescope.families.family import ACCUMULATION, BF16_BYTES, COPY, MATMUL, Family, Layout, OpRule, Routing
+from tunescope.families.family import (
+    ACCUMULATION,
+    BF16_BYTES,
+    COPY,
+    GROUPED,
+    MATMUL,
+    MOE_PATHS,
+    Family,
+    Layout,
+    OpRule,
+    Routing,
+)
 from tunescope.flops import ForwardFlop
 
 # Zyphra/BlackMamba-2.8B: its published config.json in the names of models/blackmamba.
@@ -48,7 +59,6 @@ BLACKMAMBA_TINY = BLACKMAMBA_2_8B | {
 }
 
 EPSILON = 1e-5  # where a config.json says none
-MOE_PATHS = ("grouped", "loop")  # kernels/moe.py; `moe` in a config.json, the first where it says none
 # Full fine-tuning in bf16 keeps of every parameter the weight, its gradient and AdamW's two moments.
 TRAINED_COPIES = 4
 
@@ -64,7 +74,7 @@ def _check_config(config: dict[str, Any]) -> None:
         ),
         "tie_word_embeddings": (config.get("tie_word_embeddings", True) is True, "true: the head is the embedding"),
         "layer_norm_epsilon": (isinstance(epsilon, float) and 0 < epsilon < 1, "a number between 0 and 1"),
-        "moe": (config.get("moe", MOE_PATHS[0]) in MOE_PATHS, " or ".join(MOE_PATHS)),
+        "moe": (config.get("moe", GROUPED) in MOE_PATHS, " or ".join(MOE_PATHS)),
     }  # fmt: skip
     for key, (is_right, wanted) in checks.items():
         if not is_right:
@@ -130,7 +140,7 @@ BLACKMAMBA = Family(
     resident_bytes=_resident_bytes,
     headroom_gib=2.5,  # activations and logits of one query of the paper's data sets
     forward_flop=_forward_flop,
-    moe_path=MOE_PATHS[0],
+    moe_path=GROUPED,
     has_scan=True,
     layout=Layout(
         name="blackmamba",

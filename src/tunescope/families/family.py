@@ -15,6 +15,10 @@ COPY = r"\|aten::(copy_|_to_copy|to|clone|contiguous)\|[^|]*$|\|[^|]*[Mm]emcpy[^
 # Of a parameter by its own node, of activations by autograd as it passes them on.
 ACCUMULATION = r"AccumulateGrad\||^\w+Backward\w*\|aten::add_?\|aten::add_?\|"
 
+# Ways that this project has to compute one thing, by the names that flags, config.json and rows have for them.
+TRITON, MAMBA_SSM, REFERENCE = SCANS = ("triton", "mamba-ssm", "reference")
+GROUPED, LOOP = MOE_PATHS = ("grouped", "loop")
+
 BF16_BYTES = 2
 NF4_BLOCK_WEIGHTS = 64  # weights that share one absmax
 NF4_NESTED_BLOCK = 256  # absmax values, one byte each, that share one fp32 scale under double quantisation

@@ -19,8 +19,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tunescope.errors import UserError
+from tunescope.families.family import SCANS
+from tunescope.kernels.common import check_known, not_importable, time_contiguous
 
-IMPLEMENTATIONS = ("auto", "triton", "mamba-ssm", "reference")
+IMPLEMENTATIONS = ("auto", *SCANS)
 TRITON_WIDTHS = (2, 3, 4)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -59,7 +61,7 @@ def causal_conv1d_silu(
         return causal_conv1d_silu_ref(x_EBL, weight_EW, bias_E)
     run = _CausalConv1dSilu.apply if chosen == "triton" else _mamba_ssm
     flat_EBL = x_EBL.unsqueeze(1) if x_EBL.dim() == 2 else x_EBL.flatten(1, -2)
-    return run(_time_contiguous(flat_EBL), weight_EW, bias_E).view(x_EBL.shape)
+    return run(time_contiguous(flat_EBL), weight_EW, bias_E).view(x_EBL.shape)
 
 
 def causal_conv1d_silu_ref(x_EBL: torch.Tensor, weight_EW: torch.Tensor, bias_E: torch.Tensor) -> torch.Tensor:
@@ -75,11 +77,7 @@ def causal_conv1d_silu_ref(x_EBL: torch.Tensor, weight_EW: torch.Tensor, bias_E:
 
 
 def _choose(implementation: str, x: torch.Tensor, weight_EW: torch.Tensor) -> str:
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(
-            f"there is no implementation {implementation!r} of the causal convolution",
-            cure=f"take one of {', '.join(IMPLEMENTATIONS)}",
-        )
+    check_known(implementation, IMPLEMENTATIONS, "causal convolution")
     is_taken = x.dtype in TRITON_DTYPES and weight_EW.shape[1] in TRITON_WIDTHS
     if implementation == "auto":
         return "triton" if x.is_cuda and is_taken else "reference"
@@ -96,17 +94,9 @@ def _mamba_ssm(x_EBL: torch.Tensor, weight_EW: torch.Tensor, bias_E: torch.Tenso
     try:
         from causal_conv1d import causal_conv1d_fn
     except ImportError as error:
-        raise UserError(
-            "the package causal-conv1d cannot be imported",
-            cause=str(error),
-            cure="pip install --no-build-isolation -r requirements/cuda.txt, or take the implementation triton",
-        ) from error
+        raise not_importable("causal-conv1d", error) from error
     y_BEL = causal_conv1d_fn(x_EBL.transpose(0, 1), weight_EW, bias_E, activation="silu")
     return y_BEL.transpose(0, 1).contiguous()  # a view again where the package kept the strides of x
-
-
-def _time_contiguous(x_EBL: torch.Tensor) -> torch.Tensor:
-    return x_EBL if x_EBL.stride(-1) == 1 or x_EBL.shape[-1] == 1 else x_EBL.contiguous()
 
 
 @triton.jit
@@ -308,7 +298,7 @@ class _CausalConv1dSilu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_EBL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x_EBL, weight_EW, bias_E = ctx.saved_tensors
-        dy_EBL = _time_contiguous(dy_EBL)
+        dy_EBL = time_contiguous(dy_EBL)
         dx_EBL = torch.empty(x_EBL.shape, dtype=x_EBL.dtype, device=x_EBL.device)
         dweight_EW, dbias_E = torch.empty_like(weight_EW), torch.empty_like(bias_E)
         sizes, blocks = _sizes_and_blocks(x_EBL, [x_EBL, dy_EBL], _MAX_BACKWARD_GROUPS)

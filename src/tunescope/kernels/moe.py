@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-GROUPED, LOOP = IMPLEMENTATIONS = ("grouped", "loop")
+from tunescope.families.family import MOE_PATHS
+
+IMPLEMENTATIONS = MOE_PATHS
 # What torch's grouped matmul takes, with rows of whole multiples of so many bytes; anything else goes group by group.
 _GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _GROUPED_ALIGNMENT_BYTES = 16

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from tunescope.errors import UserError
+from tunescope.kernels.common import check_known
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -73,11 +74,7 @@ def add_rms_norm_ref(
 
 
 def _choose(implementation: str, hidden: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> str:
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(
-            f"there is no implementation {implementation!r} of the norm",
-            cure=f"take one of {', '.join(IMPLEMENTATIONS)}",
-        )
+    check_known(implementation, IMPLEMENTATIONS, "norm")
     dtypes = [tensor.dtype for tensor in (hidden, residual, weight) if tensor is not None]
     is_taken = set(dtypes) <= set(TRITON_DTYPES)
     if implementation == "auto":

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from tunescope.errors import UserError
+from tunescope.families.family import SCANS
+from tunescope.kernels.common import check_known, not_importable
 
-IMPLEMENTATIONS = ("auto", "triton", "mamba-ssm", "reference")
+IMPLEMENTATIONS = ("auto", *SCANS)
 
 
 def selective_scan(
@@ -95,11 +97,7 @@ def selective_scan_ref(
 
 def _choose(implementation: str, c_EBL: Tensor, *others: Tensor | None) -> Any:
     """The function for these tensors."""
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(
-            f"there is no implementation {implementation!r} of the selective scan",
-            cure=f"take one of {', '.join(IMPLEMENTATIONS)}",
-        )
+    check_known(implementation, IMPLEMENTATIONS, "selective scan")
     is_double = any(x is not None and x.dtype == torch.float64 for x in (c_EBL, *others))
     if implementation == "reference" or (implementation == "auto" and (is_double or not c_EBL.is_cuda)):
         return selective_scan_ref
@@ -137,11 +135,7 @@ def _mamba_ssm(
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError as error:
-        raise UserError(
-            "the package mamba-ssm cannot be imported",
-            cause=str(error),
-            cure="pip install --no-build-isolation -r requirements/cuda.txt, or take the implementation triton",
-        ) from error
+        raise not_importable("mamba-ssm", error) from error
     c_BEL, delta_BEL, B_BNL, C_BNL = (x.transpose(0, 1) for x in (c_EBL, delta_EBL, B_NBL, C_NBL))
     z_BEL = None if z_EBL is None else z_EBL.transpose(0, 1)
     D_E = None if D_E is None else D_E.float()  # the kernel takes what belongs to a channel in fp32 only

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tunescope.kernels.common import time_contiguous
 from tunescope.kernels.selective_scan_kernels import (
     backward_kernel,
     carries_kernel,
@@ -86,8 +87,8 @@ def selective_scan_triton(
     delta_bias_E: Tensor,
 ) -> Tensor:
     """As selective_scan of tunescope.kernels.selective_scan, for TRITON_DTYPES; the same input gives the same bits."""
-    c_EBL, delta_EBL, B_NBL, C_NBL = (_time_contiguous(x) for x in (c_EBL, delta_EBL, B_NBL, C_NBL))
-    z_EBL = None if z_EBL is None else _time_contiguous(z_EBL)
+    c_EBL, delta_EBL, B_NBL, C_NBL = (time_contiguous(x) for x in (c_EBL, delta_EBL, B_NBL, C_NBL))
+    z_EBL = None if z_EBL is None else time_contiguous(z_EBL)
     D_E = None if D_E is None else D_E.contiguous()
     inputs = (c_EBL, delta_EBL, A_EN.float().contiguous(), B_NBL, C_NBL, D_E, z_EBL, delta_bias_E.contiguous())
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -133,7 +134,7 @@ class _SelectiveScan(torch.autograd.Function):
         num_channels, batch, length = c_EBL.shape
         num_states = A_EN.shape[1]
         launch = ctx.launch
-        dy_EBL = _time_contiguous(dy_EBL)
+        dy_EBL = time_contiguous(dy_EBL)
         unit = _unit(c_EBL, delta_EBL, z_EBL, dy_EBL, B_NBL, C_NBL)
         num_blocks = triton.cdiv(num_channels, launch.block_e * launch.blocks)
         num_tiles = triton.cdiv(length, launch.tile)
@@ -195,10 +196,6 @@ def _carries(
         A_EN, carries, tile_delta, num_channels, num_carries, N=num_states, BLOCK_E=_WARP, num_warps=1
     )
     return carries
-
-
-def _time_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _sum(x: Tensor) -> Tensor:

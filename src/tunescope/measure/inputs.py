@@ -10,7 +10,7 @@ from tunescope import checkpoints, config, paper
 from tunescope import dataset_files as files
 from tunescope.config import Point
 from tunescope.errors import UserError
-from tunescope.families.family import Family
+from tunescope.families.family import MAMBA_SSM, REFERENCE, SCANS, TRITON, Family
 from tunescope.families.weight_files import check_weight_files
 from tunescope.train import recipe as recipes
 
@@ -19,7 +19,6 @@ _SMALL_FILES = (
     "config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "vocab.json", "merges.txt",
 )  # fmt: skip
-TRITON, MAMBA_SSM, REFERENCE = SCANS = ("triton", "mamba-ssm", "reference")
 MAMBA_SSM_MODULES = ("mamba_ssm", "causal_conv1d")
 DTYPES = ("bfloat16", "float16", "float32")  # of weights, by their names in a config.json
 # Taps of a convolution that Triton's kernel and causal-conv1d take.

@@ -10,8 +10,8 @@ from typing import Any
 
 from tunescope import results
 from tunescope.errors import UserError
+from tunescope.families.family import TRITON
 from tunescope.measure.faults import fault, fault_callback
-from tunescope.measure.inputs import TRITON
 from tunescope.measure.plan import PointSpec
 
 SCRATCH = "scratch"

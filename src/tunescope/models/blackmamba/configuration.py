@@ -4,7 +4,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from tunescope.kernels import moe, selective_scan
+from tunescope.families.blackmamba import EPSILON
+from tunescope.families.blackmamba_shapes import delta_rank, inner_width
+from tunescope.families.family import MOE_PATHS, SCANS
 
 MAMBA, MOE = BLOCK_TYPES = ("mamba", "moe")
 SIZES = (
@@ -42,7 +44,7 @@ class BlackMambaConfig(PretrainedConfig):
         num_local_experts: int = 8,
         num_experts_per_tok: int = 1,
         max_position_embeddings: int = 2048,
-        layer_norm_epsilon: float = 1e-5,
+        layer_norm_epsilon: float = EPSILON,
         tie_word_embeddings: bool = True,
         loss: str = CROSS_ENTROPY,
         scan: str = "auto",
@@ -75,12 +77,12 @@ class BlackMambaConfig(PretrainedConfig):
     @property
     def inner_size(self) -> int:
         """Channels of a Mamba mixer."""
-        return int(self.expand * self.hidden_size)
+        return inner_width(vars(self))
 
     @property
     def delta_rank(self) -> int:
         """Rank of the scan's step sizes."""
-        return -(-self.hidden_size // 16)
+        return delta_rank(vars(self))
 
     def _check(self) -> None:
         kinds = self.layers_block_type
@@ -99,7 +101,7 @@ class BlackMambaConfig(PretrainedConfig):
             raise ValueError(f"expand is {self.expand!r}; times hidden_size it must be a width from 1")
         if not (isinstance(self.layer_norm_epsilon, float) and 0 < self.layer_norm_epsilon < 1):
             raise ValueError(f"layer_norm_epsilon is {self.layer_norm_epsilon!r}; it must be between 0 and 1")
-        choices = {"loss": LOSSES, "scan": selective_scan.IMPLEMENTATIONS, "moe": moe.IMPLEMENTATIONS}
+        choices = {"loss": LOSSES, "scan": ("auto", *SCANS), "moe": MOE_PATHS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tunescope.families.family import LOOP
 from tunescope.kernels import moe as kernels
 from tunescope.models.blackmamba.configuration import BlackMambaConfig
 
@@ -71,7 +72,7 @@ class BlackMambaMoe(nn.Module):
         x_TH = hidden_BLH.flatten(0, 1)
         scores_TX = self.router(x_TH).sigmoid()
         weight_TK, expert_TK = scores_TX.topk(self.top_k, dim=-1)
-        if self.implementation == kernels.LOOP:
+        if self.implementation == LOOP:
             return self.experts.one_by_one(x_TH, expert_TK, weight_TK).view_as(hidden_BLH)
         to = kernels.dispatch(expert_TK, scores_TX.shape[1])
         y_RH = self.experts(kernels.gather_rows(x_TH, to), to.ends_X)

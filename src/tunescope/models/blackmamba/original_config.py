@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from tunescope.errors import UserError
+from tunescope.families.blackmamba import EPSILON
 from tunescope.models.blackmamba.tokenizer import STUDY_TOKEN_IDS
 
 # Sizes: original key -> ours.
@@ -39,7 +40,7 @@ MAY_SAY: dict[str, Any] = {
 WITHOUT_EFFECT = frozenset(
     ("bias", "device", "use_fast_path", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "init_method_std")
 )
-EPSILON_KEY, DEFAULT_EPSILON = "layernorm_epsilon", 1e-5
+EPSILON_KEY = "layernorm_epsilon"
 TOP_K_KEY, RELEASED_TOP_K = "topk", 1  # the key is the study's; the release sends a token to one expert
 BLOCKS_KEY, MAMBA_BLOCK = "mamba_moe_layers", "r"
 # The original takes the last character of a block's string for the number of experts, and "1" for a plain MLP.
@@ -68,7 +69,7 @@ def config_from_original(original: Mapping[str, Any]) -> dict[str, Any]:
     for key in SIZES:
         if type(original[key]) is not int or original[key] < 1:
             _refuse(key, original[key], "it must be a whole number from 1")
-    epsilon = original.get(EPSILON_KEY, DEFAULT_EPSILON)
+    epsilon = original.get(EPSILON_KEY, EPSILON)
     if type(epsilon) is not float or not 0 < epsilon < 1:
         _refuse(EPSILON_KEY, epsilon, "it must be a number between 0 and 1")
     blocks, num_experts = _blocks_from_original(original[BLOCKS_KEY], original["num_layers"])
@@ -107,7 +108,7 @@ def config_to_original(config: Mapping[str, Any]) -> dict[str, Any]:
     original = {key: config[ours] for key, ours in SIZES.items()}
     original[BLOCKS_KEY] = [str(num_experts) if kind == "moe" else MAMBA_BLOCK for kind in kinds]
     original |= {"bias": False, **MUST_SAY}
-    if config["layer_norm_epsilon"] != DEFAULT_EPSILON:
+    if config["layer_norm_epsilon"] != EPSILON:
         original[EPSILON_KEY] = config["layer_norm_epsilon"]
     if config["num_experts_per_tok"] != RELEASED_TOP_K:
         original[TOP_K_KEY] = config["num_experts_per_tok"]
