@@ -8,11 +8,11 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from tunescope.checkpoints import read_json
+from tunescope.checkpoints import WEIGHT_FILES, WEIGHT_INDEXES, read_json
 from tunescope.errors import UserError
 from tunescope.families.family import Family
 
-INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE_FILE = WEIGHT_INDEXES[0], WEIGHT_FILES[0]  # of safetensors
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _BASE = "model."  # begins the names of a causal language model's parameters; its base model alone leaves it out

@@ -19,7 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tunescope.checkpoints import CONVERSION_FORMAT, PROVENANCE_FILE, read_json, why_not_converted
+from tunescope.checkpoints import (
+    CONVERSION_FORMAT,
+    PROVENANCE_FILE,
+    WEIGHT_FILES,
+    WEIGHT_INDEXES,
+    read_json,
+    why_not_converted,
+)
 from tunescope.errors import UserError
 from tunescope.families.blackmamba_shapes import parameter_shapes
 from tunescope.models.blackmamba.conversion import assembled, check_original, counted
@@ -28,7 +35,7 @@ from tunescope.models.blackmamba.original_keys import original_names
 from tunescope.models.blackmamba.tokenizer import write_tokenizer
 from tunescope.results import write_json
 
-CONFIG, WEIGHTS, INDEX = "config.json", "pytorch_model.bin", "model.safetensors.index.json"
+CONFIG, WEIGHTS, INDEX = "config.json", WEIGHT_FILES[1], WEIGHT_INDEXES[0]
 # Twice a shard is in memory at once, as pages of the checkpoint and as stacked experts: 1 GB for the 5.6 of 2.8B.
 SHARD_BYTES = 500_000_000
 MIN_SHARDS = 4  # keeps that below the size of a small model
