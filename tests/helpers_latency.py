@@ -1,8 +1,6 @@
 """Breakdowns by the real launcher, and what the parser prints of them."""
 
 import re
-import subprocess
-import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,18 +39,7 @@ def measure(out: Path, points: str, *arguments: str | Path, fault: str = "", **c
 class Launcher(launching.Launcher):
     """`./mixtral_lt.sh` as launching.Launcher starts `./mixtral_tp.sh`."""
 
-    def __init__(self, out: Path, points: str, *, fault: str = "") -> None:
-        self.out = out
-        self._mark = uuid.uuid4().hex
-        self._err = out.with_name(f"{out.name}-{self._mark}.err")
-        with self._err.open("wb") as err:
-            self._process = subprocess.Popen(
-                [REPO / "mixtral_lt.sh", *TINY, "--out", out, "--points", points],
-                env=launching.environment(**{launching.MARK: self._mark, "TUNESCOPE_FAULT": fault}),
-                stdout=subprocess.DEVNULL,
-                stderr=err,
-                start_new_session=True,
-            )
+    script, shortest = REPO / "mixtral_lt.sh", TINY
 
 
 def read(point: Path, name: str) -> pd.DataFrame:

@@ -120,17 +120,21 @@ def wait_until(is_so: Callable[[], Any], what: str) -> Any:
 class Launcher:
     """`./mixtral_tp.sh` in a session of its own, as a terminal would start it; killed at the end of its block."""
 
+    script, shortest = REPO / "mixtral_tp.sh", TINY
+
     def __init__(self, out: Path, points: str, *arguments: str, fault: str = "") -> None:
         self.out = out
         self._mark = uuid.uuid4().hex
         self._err = out.with_name(f"{out.name}-{self._mark}.err")
         with self._err.open("wb") as err:
             self._process = subprocess.Popen(
-                [REPO / "mixtral_tp.sh", *TINY, "--out", out, "--points", points, *arguments],
+                [self.script, *self.shortest, "--out", out, "--points", points, *arguments],
                 env=environment(**{MARK: self._mark, "TUNESCOPE_FAULT": fault}),
                 stdout=subprocess.DEVNULL,
                 stderr=err,
                 start_new_session=True,
+                # A script's background job ignores Ctrl-C, and so does all that it starts; a terminal's does not.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def __enter__(self) -> "Launcher":
