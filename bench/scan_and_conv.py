@@ -3,16 +3,23 @@
     python3 bench/scan_and_conv.py             # all shapes in bf16; appends rows to bench/scan_and_conv.csv
     python3 bench/scan_and_conv.py --quick     # tiny shapes, also without a GPU (then the reference alone)
 
-A time is of the device, between CUDA events around one call; median, 20 % and 80 % of the repeats. Before each call a
-GiB is zeroed: nothing of the call's tensors is left in the L2 cache, and while that runs the call has been launched, so
-that the host's time is not in it (but where the host launches slower than the device works: the reference's scan).
+median_us, p20_us, p80_us: of the repeats, each a time of the device between CUDA events around one call. Before each
+a GiB is zeroed, so that nothing of the call's tensors is left in the L2 cache, and while that runs the call has been
+launched.
+timed: graph where the events are around a replay of the call, captured once in a CUDA graph: no time of the host is in
+it. eager where they are around the call itself, and its time is the host's where that launches slower than the device
+works: of the reference's scan, with its thousands of launches, and of what cannot be captured (stderr says why). On a
+CPU eager is the time of the call.
+host_us: what one eager call takes until it returns, its work launched and not waited for; median of calls that each
+find the device idle. backward's has torch.autograd.grad in it, and in both forward's comes on top.
 forward keeps what backward needs. backward is of one forward, again and again. both is one after the other.
 
 bytes_moved: inputs read once and outputs written once, however often an implementation reads them. For backward the
 inputs are what forward must keep (for the norm residual_out, for the others their own inputs) and the gradients of the
 outputs; the outputs are the gradients of the inputs. copy_bytes_per_s: torch's copy of bytes_moved / 2 from one buffer
-to another, timed in the same way just before. ratio_to_mamba_ssm: time over that of mamba-ssm (for the convolution
-causal-conv1d), where it can be imported: below 1 is faster. The norm's channels are half as many, the model's width.
+to another, timed in the same way just before. ratio_to_mamba_ssm: median_us over that of mamba-ssm (for the convolution
+causal-conv1d), where it can be imported: below 1 is faster; host_ratio_to_mamba_ssm: host_us over its. The norm's
+channels are half as many, the model's width.
 """
 
 import argparse
@@ -45,8 +52,13 @@ from tunescope.measure.environment import cpu_name, git_revision, package_versio
 CSV = Path(__file__).with_name("scan_and_conv.csv")
 COLUMNS = (
     "op", "direction", "implementation", "dtype", "batch", "length", "channels", "state", "num_repeats", "median_us",
-    "p20_us", "p80_us", "bytes_moved", "bytes_per_s", "copy_bytes_per_s", "fraction_of_copy", "ratio_to_mamba_ssm",
+    "p20_us", "p80_us", "timed", "host_us", "bytes_moved", "bytes_per_s", "copy_bytes_per_s", "fraction_of_copy",
+    "ratio_to_mamba_ssm", "host_ratio_to_mamba_ssm",
     "device", "driver", "power_limit_w", "torch", "triton", "mamba_ssm", "causal_conv1d", "commit", "date",
+)  # fmt: skip
+SHOWN = (
+    "op", "direction", "implementation", "dtype", "batch", "length", "timed", "median_us", "host_us",
+    "fraction_of_copy", "ratio_to_mamba_ssm", "host_ratio_to_mamba_ssm",
 )  # fmt: skip
 OPS = ("scan", "conv", "add_rms_norm")
 DIRECTIONS = ("forward", "backward", "both")
@@ -57,6 +69,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TAPS = 4
 FLUSHED_BYTES = 2**30
 MIN_REPEATS, MAX_REPEATS, ENOUGH_S = 10, 200, 0.3
+MAX_HOST_REPEATS = 50
 PROBE_LENGTH = 16  # the reference runs on so many steps first, to tell what it will take
 
 # E channels, B sequences, L time steps, N states, R rank of the step sizes, W taps
@@ -64,12 +77,16 @@ PROBE_LENGTH = 16  # the reference runs on so many steps first, to tell what it 
 
 @dataclass(frozen=True)
 class Case:
-    """One op on one shape. run: (implementation, inputs) -> outputs. kept: what backward must read, but for dy."""
+    """One op on one shape. run: (implementation, inputs) -> outputs. kept: what backward must read, but for dy.
+
+    is_stepwise: the reference launches kernels for each step of time.
+    """
 
     inputs: list[Tensor]
     run: Callable[..., list[Tensor]]
     upstream: list[Tensor]
     kept: list[Tensor]
+    is_stepwise: bool = False
 
     def bytes_moved(self, direction: str) -> int:
         forward = num_bytes(self.inputs) + num_bytes(self.upstream)  # the outputs are of their gradients' sizes
@@ -98,7 +115,7 @@ def scan_case(batch: int, length: int, channels: int, state: int, dtype: torch.d
     def run(implementation: str, *inputs: Tensor) -> list[Tensor]:
         return [selective_scan(*inputs, implementation=implementation)]
 
-    return Case(inputs, run, [torch.randn(channels, batch, length, **like)], inputs)
+    return Case(inputs, run, [torch.randn(channels, batch, length, **like)], inputs, is_stepwise=True)
 
 
 def conv_case(batch: int, length: int, channels: int, state: int, dtype: torch.dtype, device: str) -> Case:
@@ -158,6 +175,18 @@ def compiled(run: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
     return torch.compile(run, dynamic=False)
 
 
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A replay of what the call launches, in the memory it had. The call has run before, on the current stream.
+
+    Capturing needs a stream that is not the default one, and for backward the one that forward ran on.
+    Raises what the call or CUDA raises where it cannot be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        call()
+    return graph.replay
+
+
 class Timer:
     """Durations (us) of calls on the device, or on a CPU of the host."""
 
@@ -170,6 +199,31 @@ class Timer:
         first_us = self._repeat(call, 1)[0]
         num_repeats = min(max(int(ENOUGH_S * 1e6 / max(first_us, 1)), MIN_REPEATS), MAX_REPEATS)
         return self._repeat(call, num_repeats)
+
+    def graph_times_us(self, call: Callable[[], Any]) -> tuple[list[float], str]:
+        """The same of the call's graph, and how it was timed: graph, or eager where there cannot be one."""
+        if self._flushed is None:
+            return self.times_us(call), "eager"
+        call()
+        torch.cuda.synchronize()
+        try:
+            replay = captured(call)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            print(f"timed without a graph: {str(error).splitlines()[0]}", file=sys.stderr)
+            return self.times_us(call), "eager"
+        return self.times_us(replay), "graph"
+
+    def host_us(self, call: Callable[[], Any], num_repeats: int) -> float:
+        times_us = []
+        for _ in range(num_repeats):
+            if self._flushed is not None:
+                torch.cuda.synchronize()
+            start_s = time.perf_counter()
+            call()
+            times_us.append((time.perf_counter() - start_s) * 1e6)
+        return statistics.median(times_us)
 
     def once_s(self, call: Callable[[], Any]) -> float:
         return self._repeat(call, 1)[0] / 1e6
@@ -194,7 +248,8 @@ class Timer:
 def copy_bytes_per_s(timer: Timer, moved: int, device: str) -> float:
     source = torch.ones(max(moved // 2, 1), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / (statistics.median(timer.times_us(lambda: target.copy_(source))) / 1e6)
+    times_us, _ = timer.graph_times_us(lambda: target.copy_(source))
+    return 2 * source.numel() / (statistics.median(times_us) / 1e6)
 
 
 def why_skipped(timer: Timer, make: Callable[[int], Case], implementation: str, length: int, limit_s: float) -> str:
@@ -216,7 +271,7 @@ def measure(
     timer: Timer, make: Callable[[int], Case], length: int, implementations: list[str], limit_s: float, device: str
 ) -> Iterator[dict[str, Any]]:
     """Rows of one op on one shape, without what is the same for all shapes."""
-    mamba_ssm_us: dict[str, float] = {}
+    mamba_ssm_us: dict[str, tuple[float, float]] = {}
     case = make(length)
     copies = {direction: copy_bytes_per_s(timer, case.bytes_moved(direction), device) for direction in DIRECTIONS}
     for implementation in implementations:
@@ -226,14 +281,24 @@ def measure(
             continue
         try:
             for direction in DIRECTIONS:
-                times_us = timer.times_us(call_of(case, direction, implementation))
+                call = call_of(case, direction, implementation)
+                if case.is_stepwise and implementation == REFERENCE:
+                    times_us, timed = timer.times_us(call), "eager"
+                else:
+                    times_us, timed = timer.graph_times_us(call)
                 median_us = statistics.median(times_us)
+                host_us = timer.host_us(call, min(len(times_us), MAX_HOST_REPEATS))
                 p20_us, p80_us = (statistics.quantiles(times_us, n=5)[at] for at in (0, 3))
                 if implementation == MAMBA_SSM:
-                    mamba_ssm_us[direction] = median_us
+                    mamba_ssm_us[direction] = median_us, host_us
                 moved = case.bytes_moved(direction)
                 bytes_per_s = moved / (median_us / 1e6)
-                ratio = median_us / mamba_ssm_us[direction] if direction in mamba_ssm_us else None
+                theirs_us = mamba_ssm_us.get(direction)
+                ratio, host_ratio = (
+                    ("", "")
+                    if theirs_us is None
+                    else (f"{median_us / theirs_us[0]:.3f}", f"{host_us / theirs_us[1]:.3f}")
+                )
                 yield {
                     "direction": direction,
                     "implementation": implementation,
@@ -241,11 +306,14 @@ def measure(
                     "median_us": f"{median_us:.2f}",
                     "p20_us": f"{p20_us:.2f}",
                     "p80_us": f"{p80_us:.2f}",
+                    "timed": timed,
+                    "host_us": f"{host_us:.2f}",
                     "bytes_moved": moved,
                     "bytes_per_s": f"{bytes_per_s:.4g}",
                     "copy_bytes_per_s": f"{copies[direction]:.4g}",
                     "fraction_of_copy": f"{bytes_per_s / copies[direction]:.3f}",
-                    "ratio_to_mamba_ssm": "" if ratio is None else f"{ratio:.3f}",
+                    "ratio_to_mamba_ssm": ratio,
+                    "host_ratio_to_mamba_ssm": host_ratio,
                 }
         except torch.OutOfMemoryError:
             print(f"{implementation} left out: out of GPU memory", file=sys.stderr)
@@ -266,6 +334,8 @@ def conditions(on_gpu: bool) -> dict[str, Any]:
 
 def append(path: Path, row: dict[str, Any]) -> None:
     is_new = not path.exists()
+    if not is_new and next(csv.reader([path.read_text(encoding="utf-8").partition("\n")[0]])) != list(COLUMNS):
+        raise SystemExit(f"{path} has other columns than this version writes; name another file with --out")
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if is_new:
@@ -297,6 +367,8 @@ def main() -> None:
 
     timer = Timer(device)
     same = conditions(device == "cuda")
+    if device == "cuda":  # everything on one stream that can be captured
+        torch.cuda.set_stream(torch.cuda.Stream())
     for op, dtype, batch, length in itertools.product(options.ops, options.dtypes, options.batches, options.lengths):
         channels = options.channels // 2 if op == "add_rms_norm" else options.channels
 
@@ -316,7 +388,7 @@ def main() -> None:
         shape["state"] = options.state if op == "scan" else ""
         for row in measure(timer, make, length, implementations, options.reference_seconds, device):
             append(options.out, shape | row | same)
-            print({key: (shape | row)[key] for key in COLUMNS[:7] + COLUMNS[9:10] + COLUMNS[15:17]}, flush=True)
+            print({key: (shape | row)[key] for key in SHOWN}, flush=True)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,9 @@ def test_what_is_derived_follows_from_what_was_measured(rows: list[dict[str, str
         fraction = bytes_per_s / float(row["copy_bytes_per_s"])
         assert float(row["fraction_of_copy"]) == pytest.approx(fraction, rel=1e-2, abs=6e-4)
         assert row["ratio_to_mamba_ssm"] == ""  # it was not measured: not a number
+        assert row["host_ratio_to_mamba_ssm"] == ""
+        assert row["timed"] == "eager"  # there are no graphs on a CPU
+        assert float(row["host_us"]) > 0
         assert all(row[name] for name in ("device", "torch", "date"))
 
 

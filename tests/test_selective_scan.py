@@ -39,6 +39,8 @@ LAUNCHES = {
     "two channels a thread, twice": (_Launch(16, 32), _Launch(16, 32, blocks=2)),
     "split": (_Launch(16, 16), _Launch(16, 16, is_split=True)),
     "split, twice": (_Launch(8, 32), _Launch(32, 16, blocks=2, is_split=True)),
+    "both split": (_Launch(32, 16, is_split=True), _Launch(32, 16, is_split=True)),
+    "forward split": (_Launch(16, 16, is_split=True), _Launch(16, 16)),
 }
 
 
@@ -163,7 +165,7 @@ def test_sequences_know_nothing_of_each_other() -> None:
 
 @RUNS_HERE
 @pytest.mark.parametrize("border", [16, 21])
-@pytest.mark.parametrize("launch", ["tile after tile", "split"])
+@pytest.mark.parametrize("launch", ["tile after tile", "both split"])
 def test_a_step_that_forgets_everything_cuts_the_scan_in_two(implementation: str, launch: str, border: int) -> None:
     """At the border of tiles and within one: what follows is the scan of what follows alone."""
     case = inputs(3, 2, 40, 2)
@@ -191,9 +193,10 @@ def test_sizes_that_fill_a_gpu_and_sizes_that_do_not() -> None:
                     assert launch.tile in (16, 32, 64, 128)
                     assert 2 <= launch.rows <= 16
                     assert launch.block_e % launch.rows == 0
-    long, short = _config(2944, 1, 2048)[1], _config(2944, 1, 128)[1]
-    assert long.is_split
-    assert not short.is_split
+                assert not forward.is_split or forward.tile == backward.tile  # the states are backward's too
+    assert all(launch.is_split for launch in _config(2944, 1, 2048))
+    assert not any(launch.is_split for launch in _config(2944, 1, 128))
+    assert not any(launch.is_split for launch in _config(2944, 84, 2048))
     assert _config(2944, 84, 128)[1].blocks > 1
 
 
@@ -252,12 +255,35 @@ def test_one_tensor_may_be_laid_out_otherwise(name: str, layout: str) -> None:
     assert_near(run("triton", case), expected, FP32)
 
 
-@pytest.mark.parametrize("launch", LAUNCHES)
-def test_every_launch_equals_the_reference(launch: str) -> None:
-    """Programs, tiles and sequences: several of each, none whole."""
-    case = inputs(35, 2, 42, 2)
+@pytest.mark.parametrize(("launch", "length"), [*((launch, 42) for launch in LAUNCHES), ("both split", 170)])
+def test_every_launch_equals_the_reference(launch: str, length: int) -> None:
+    """Programs, tiles and sequences: several of each, none whole. The longest has more tiles than are read at once."""
+    case = inputs(35, 2, length, 2)
     with launched(launch):
         assert_near(run("triton", case), run("reference", case, torch.float64), FP32)
+
+
+@pytest.mark.parametrize("num_runs", [1, 5])
+@pytest.mark.parametrize("num_blocks", [1, 5, 300])
+@pytest.mark.parametrize("has_D", [True, False])
+def test_what_programs_leave_is_summed(num_blocks: int, num_runs: int, has_D: bool) -> None:
+    """More than a program reads at once, and less; each gradient in the dtype of its input."""
+    channels, batch, length, states = 67, 2, 19, 3
+    generator = torch.Generator().manual_seed(0)
+    dBC = torch.randn(num_blocks, 2, states, batch, length, generator=generator).to(DEVICE)
+    per_channel = torch.randn(num_runs, states + 2, channels, generator=generator).to(DEVICE)
+    B, C = dBC.new_empty(states, batch, length, dtype=torch.float16), dBC.new_empty(states, batch, length)
+    D, bias = dBC.new_empty(channels) if has_D else None, dBC.new_empty(channels, dtype=torch.float16)
+    dA, dB, dC, dD, dbias = selective_scan_triton._sums(dBC, per_channel, B, C, D, bias)
+    shared, own = dBC.double().sum(0), per_channel.double().sum(0)
+    assert dB.dtype == dbias.dtype == torch.float16
+    torch.testing.assert_close(dB.double(), shared[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(dC.double(), shared[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dA.double(), own[:states].T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dbias.double(), own[states], rtol=1e-3, atol=1e-3)
+    assert (dD is None) == (D is None)
+    if dD is not None:
+        torch.testing.assert_close(dD.double(), own[states + 1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
@@ -320,7 +346,7 @@ def test_only_what_asks_for_a_gradient_gets_one(implementation: str) -> None:
         assert torch.equal(leaf.grad, everything[name])
 
 
-@pytest.mark.parametrize("launch", ["as chosen", "longer tiles forward"])
+@pytest.mark.parametrize("launch", ["as chosen", "longer tiles forward", "both split"])
 def test_without_gradients_the_output_is_the_same(launch: str) -> None:
     case = inputs(3, 2, 140, 2)
     with launched(launch):

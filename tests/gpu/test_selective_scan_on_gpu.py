@@ -55,6 +55,7 @@ SIZES = [
 
 
 def test_the_sizes_take_every_kind_of_launch() -> None:
+    assert {_config(*size)[0].is_split for size in SIZES} == {True, False}
     launches = {_config(*size)[1] for size in SIZES}
     assert {launch.is_split for launch in launches} == {True, False}
     assert {launch.blocks > 1 for launch in launches if launch.is_split} == {True, False}
@@ -90,3 +91,19 @@ def test_nothing_beyond_the_rows_is_read() -> None:
     }
     for name, tensor in run("triton", fenced).items():
         assert torch.equal(tensor, clean[name]), name
+
+
+def test_a_cuda_graph_of_both_passes_gives_the_same_bits() -> None:
+    """Nothing in them waits for the device, nor depends on what the host does in between."""
+    case = inputs(2944, 1, 2051, torch.bfloat16)
+    eager = run("triton", case)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run("triton", case)
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            captured = run("triton", case)
+    graph.replay()
+    torch.cuda.synchronize()
+    for name, tensor in eager.items():
+        assert torch.equal(captured[name], tensor), name

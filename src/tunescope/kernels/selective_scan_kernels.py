@@ -3,6 +3,7 @@
 A program is one warp. It takes BLOCK_E channels of one sequence and walks over time in tiles of T = 8 K steps. A thread
 holds blocks of eight steps in registers, where the recurrence is plain multiply-adds; the K blocks of a tile lie in
 different threads and are joined by a scan over K. The N states of a channel are taken one after another.
+sums_kernel alone is of another kind: it adds up what programs of backward leave in memory.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment, misc"
@@ -20,7 +21,9 @@ from tunescope.kernels.selective_scan_parts import (
     LOG2_E,
     are_channels,
     chain,
+    column_sums,
     decays,
+    delta_until_end,
     end_of_gradients,
     first_sum,
     load,
@@ -41,6 +44,10 @@ _FORWARD_NUMBERS = [
     "B_stride_n", "B_stride_b", "C_stride_n", "C_stride_b", "num_channels", "length_units",
 ]  # fmt: skip
 _BACKWARD_NUMBERS = [*_FORWARD_NUMBERS, "dy_stride_e", "dy_stride_b"]
+_TILE_NUMBERS = [
+    "delta_stride_e", "delta_stride_b", "x_stride_e", "x_stride_b", "z_stride_e", "z_stride_b",
+    "B_stride_n", "B_stride_b", "num_channels", "length_units",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_FORWARD_NUMBERS)
@@ -49,12 +56,13 @@ def forward_kernel(
     c_stride_e, c_stride_b, delta_stride_e, delta_stride_b, z_stride_e, z_stride_b,
     B_stride_n, B_stride_b, C_stride_n, C_stride_b, num_channels, length_units,
     N: tl.constexpr, BLOCK_E: tl.constexpr, T: tl.constexpr, R: tl.constexpr, SAVE: tl.constexpr, UNIT: tl.constexpr,
-    EVEN_E: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    EVEN_E: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
     """y (E, B, L), and the states after every SAVE steps: (B, S, N, E), the last step's not among them.
 
-    Strides and length are counted in units of UNIT. SAVE is T, or T a multiple of it. EVEN_E: the last program has no
-    channel too many. Grid: blocks of channels, B.
+    With IS_SPLIT the states are there already, SAVE is T, and a program has one tile; else it has all, and T is SAVE
+    or a multiple of it. Strides and length are counted in units of UNIT. EVEN_E: the last program has no channel too
+    many. Grid: blocks of channels, B, runs of tiles.
     """
     length = length_units * UNIT
     b = tl.program_id(1).to(tl.int64)
@@ -66,8 +74,9 @@ def forward_kernel(
     C_ptr += b * (C_stride_b * UNIT)
     states_ptr += b * (tl.cdiv(length, SAVE) - 1) * (N * num_channels)
 
-    tile = 0
-    while tile * T < length:  # not a range: Triton's interpreter cannot take a bound from a tensor
+    tile = tl.program_id(2)  # the first of all, or the only one
+    end_tile = tile + 1 if IS_SPLIT else tl.cdiv(length, T)
+    while tile < end_tile:  # not a range: Triton's interpreter cannot take a bound from a tensor
         tl.debug_barrier()  # other threads read the states of the tile before than wrote them
         t0 = tile * T
         t_ET = t0 + tl.broadcast_to(tl.arange(0, T)[None, :], (BLOCK_E, T))
@@ -87,13 +96,24 @@ def forward_kernel(
         saved_at_EK = (after_EK // SAVE - 1) * (N * num_channels) + e_E[:, None]
         start_ptr = states_ptr + (t0 // SAVE - 1) * (N * num_channels)
 
+        # One state ahead: with three warps to an issue slot, nothing else covers the way to the L2 cache.
+        next_B_RT = tl.load(B_ptr + t_RT, t_RT < length, 0.0)
+        next_C_RT = tl.load(C_ptr + t_RT, t_RT < length, 0.0)
+        next_A_E = load(A_ptr, e_E * N, in_E)
+        next_start_E = load(start_ptr, e_E, in_E & (t0 > 0))
         for n in range(N):
-            B = shared_steps(B_ptr + n * (B_stride_n * UNIT), t_RT, t_RT < length, BLOCK_E)
-            C = shared_steps(C_ptr + n * (C_stride_n * UNIT), t_RT, t_RT < length, BLOCK_E)
-            rate_E1 = load(A_ptr, e_E * N + n, in_E)[:, None] * LOG2_E
-            start_E = load(start_ptr + n * num_channels, e_E, in_E & (t0 > 0))
+            B = shared_steps(next_B_RT, BLOCK_E)
+            C = shared_steps(next_C_RT, BLOCK_E)
+            rate_E1 = next_A_E[:, None] * LOG2_E
+            start_E = next_start_E
+            following = tl.minimum(n + 1, N - 1)  # a mask would cost more than the last one's loading twice
+            next_B_RT = tl.load(B_ptr + following * (B_stride_n * UNIT) + t_RT, t_RT < length, 0.0)
+            next_C_RT = tl.load(C_ptr + following * (C_stride_n * UNIT) + t_RT, t_RT < length, 0.0)
+            next_A_E = load(A_ptr, e_E * N + following, in_E)
+            next_start_E = load(start_ptr + following * num_channels, e_E, in_E & (t0 > 0))
             _, states, after_block_EK = states_of(delta, delta_c, block_delta_EK, rate_E1, B, start_E)
-            store(states_ptr + n * num_channels, saved_at_EK, after_block_EK, saved_EK)
+            if not IS_SPLIT:
+                store(states_ptr + n * num_channels, saved_at_EK, after_block_EK, saved_EK)
             o_before = o
             o = ()
             for j in tl.static_range(8):
@@ -188,8 +208,10 @@ def backward_kernel(
             for n in range(N):
                 start_E = next_start_E
                 next_start_E = load(start_ptr + (n + 1) * num_channels, e_E, in_E & (tile > 0) & (n + 1 < N))
-                B = shared_steps(B_ptr + n * (B_stride_n * UNIT), t_RT, t_RT < length, BLOCK_E)
-                C = shared_steps(C_ptr + n * (C_stride_n * UNIT), t_RT, t_RT < length, BLOCK_E)
+                B_RT = tl.load(B_ptr + n * (B_stride_n * UNIT) + t_RT, t_RT < length, 0.0)
+                B = shared_steps(B_RT, BLOCK_E)
+                C_RT = tl.load(C_ptr + n * (C_stride_n * UNIT) + t_RT, t_RT < length, 0.0)
+                C = shared_steps(C_RT, BLOCK_E)
                 A_E1 = load(A_ptr, e_E * N + n, in_E)[:, None]
                 carry_E = load(carry_ptr + n * num_channels, e_E, in_E & (tile < num_tiles - 1))
                 dA_E = load(per_channel_ptr + n * num_channels, e_E, in_E & (tile < last_tile))
@@ -250,16 +272,17 @@ def backward_kernel(
         store(per_channel_ptr, (N + 1) * num_channels + e_E, dD_E, in_E)
 
 
-@triton.jit(do_not_specialize=_BACKWARD_NUMBERS)
-def tile_gradients_kernel(
-    delta_ptr, A_ptr, C_ptr, z_ptr, bias_ptr, dy_ptr, carries_ptr, tile_delta_ptr,
-    delta_stride_e, delta_stride_b, z_stride_e, z_stride_b, dy_stride_e, dy_stride_b, C_stride_n, C_stride_b,
+@triton.jit(do_not_specialize=_TILE_NUMBERS)
+def tile_ends_kernel(
+    delta_ptr, A_ptr, B_ptr, x_ptr, z_ptr, bias_ptr, ends_ptr, tile_delta_ptr,
+    delta_stride_e, delta_stride_b, x_stride_e, x_stride_b, z_stride_e, z_stride_b, B_stride_n, B_stride_b,
     num_channels, length_units,
     N: tl.constexpr, BLOCK_E: tl.constexpr, T: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
-    EVEN_E: tl.constexpr, HAS_Z: tl.constexpr,
+    EVEN_E: tl.constexpr, HAS_Z: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """What each tile but the first alone would pass on to the tile before it, into that one's place in carries.
+    """What each tile alone passes on to the tile after it: (B, tiles - 1, N, E). Its last state, if x is c.
 
+    REVERSE: x is dy, and B is C; to the tile before it, the gradient of that one's last state.
     tile_delta: (B, tiles - 1, E), the sum of Δ over each of these tiles. Grid: blocks of channels, B, tiles - 1.
     """
     length = length_units * UNIT
@@ -268,50 +291,90 @@ def tile_gradients_kernel(
     e_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     in_E = are_channels(e_E, num_channels, EVEN_E)
     row_E1 = e_E.to(tl.int64)[:, None]
-    t0 = (tl.program_id(2) + 1) * T
+    t0 = (tl.program_id(2) + REVERSE) * T
     t_ET = t0 + tl.broadcast_to(tl.arange(0, T)[None, :], (BLOCK_E, T))
     t_RT = t0 + tl.broadcast_to(tl.arange(0, T)[None, :], (R, T))
     in_ET = in_E[:, None] & (t_ET < length)
     v_ET = load(delta_ptr, row_E1 * (delta_stride_e * UNIT) + b * (delta_stride_b * UNIT) + t_ET, in_ET)
     delta_ET = softplus(v_ET + load(bias_ptr, e_E, in_E)[:, None])
-    do_ET = load(dy_ptr, row_E1 * (dy_stride_e * UNIT) + b * (dy_stride_b * UNIT) + t_ET, in_ET)
-    if HAS_Z:
-        z_ET = load(z_ptr, row_E1 * (z_stride_e * UNIT) + b * (z_stride_b * UNIT) + t_ET, in_ET)
-        do_ET *= z_ET * sigmoid(z_ET)
+    x_ET = load(x_ptr, row_E1 * (x_stride_e * UNIT) + b * (x_stride_b * UNIT) + t_ET, in_ET)
+    if REVERSE:
+        if HAS_Z:
+            z_ET = load(z_ptr, row_E1 * (z_stride_e * UNIT) + b * (z_stride_b * UNIT) + t_ET, in_ET)
+            x_ET *= z_ET * sigmoid(z_ET)
+    else:
+        x_ET *= delta_ET
     delta = steps_of(delta_ET)
-    do = steps_of(do_ET)
-    block_delta_EK = sum_of_steps(delta)
+    x = steps_of(x_ET)
+    # Exponents of their own for all steps, rather than steps from one to the next: then no step waits for another.
+    until_end, block_delta_EK = delta_until_end(delta, REVERSE)
     store(tile_delta_ptr, slot * num_channels + e_E, tl.sum(block_delta_EK, axis=1), in_E)
-    C_ptr += b * (C_stride_b * UNIT)
-    carries_ptr += slot * (N * num_channels)
-    e_EK = tl.broadcast_to(e_E[:, None], block_delta_EK.shape)
-    is_carry_EK = in_E[:, None] & (tl.broadcast_to(tl.arange(0, T // 8)[None, :], block_delta_EK.shape) == 0)
+    B_ptr += b * (B_stride_b * UNIT)
+    ends_ptr += slot * (N * num_channels)
     for n in range(N):
-        C = shared_steps(C_ptr + n * (C_stride_n * UNIT), t_RT, t_RT < length, BLOCK_E)
+        B = shared_steps(tl.load(B_ptr + n * (B_stride_n * UNIT) + t_RT, t_RT < length, 0.0), BLOCK_E)
         rate_E1 = load(A_ptr, e_E * N + n, in_E)[:, None] * LOG2_E
-        end_EK = end_of_gradients(decays(delta, rate_E1), C, do)
-        nothing_E = tl.zeros([BLOCK_E], tl.float32)
-        _, carry_EK = chain(tl.exp2(block_delta_EK * rate_E1), end_EK, nothing_E, REVERSE=True)
-        store(carries_ptr + n * num_channels, e_EK, carry_EK, is_carry_EK)
+        decay = decays(until_end, rate_E1)
+        end_EK = decay[0] * (B[0] * x[0])
+        for j in tl.static_range(1, 8):
+            end_EK += decay[j] * (B[j] * x[j])
+        store(ends_ptr + n * num_channels, e_E, tl.sum(end_EK, axis=1), in_E)
 
 
-@triton.jit(do_not_specialize=["num_channels", "num_carries"])
+@triton.jit(do_not_specialize=["num_channels", "num_ends"])
 def carries_kernel(
-    A_ptr, carries_ptr, tile_delta_ptr, num_channels, num_carries, N: tl.constexpr, BLOCK_E: tl.constexpr
-):
-    """Adds to each carry what the one after it becomes by decaying through the tile between. Grid: channels, B, N."""
+    A_ptr, ends_ptr, tile_delta_ptr, num_channels, num_ends,
+    N: tl.constexpr, BLOCK_E: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Adds to what each tile alone passes on what it passes on of what reached it. Grid: channels, B, N."""
     b = tl.program_id(1).to(tl.int64)
     n = tl.program_id(2)
     e_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     in_E = e_E < num_channels
     rate_E = load(A_ptr, e_E * N + n, in_E) * LOG2_E
     carry_E = tl.zeros([BLOCK_E], tl.float32)
-    i = num_carries - 1
-    while i >= 0:
-        slot = b * num_carries + i
-        place = (slot * N + n) * num_channels
-        own_E = load(carries_ptr + place, e_E, in_E)
-        decay_E = tl.exp2(load(tile_delta_ptr + slot * num_channels, e_E, in_E) * rate_E)
-        carry_E = own_E + decay_E * carry_E
-        store(carries_ptr + place, e_E, carry_E, in_E)
-        i -= 1
+    i = 0
+    while i < num_ends:
+        own = ()
+        decay = ()
+        for j in tl.static_range(8):  # all on their way at once
+            slot = b * num_ends + (num_ends - 1 - i - j if REVERSE else i + j)
+            is_end_E = in_E & (i + j < num_ends)
+            own = own + (load(ends_ptr + (slot * N + n) * num_channels, e_E, is_end_E),)
+            decay = decay + (tl.exp2(load(tile_delta_ptr + slot * num_channels, e_E, is_end_E) * rate_E),)
+        for j in tl.static_range(8):
+            slot = b * num_ends + (num_ends - 1 - i - j if REVERSE else i + j)
+            carry_E = own[j] + decay[j] * carry_E
+            store(ends_ptr + (slot * N + n) * num_channels, e_E, carry_E, in_E & (i + j < num_ends))
+        i += 8
+
+
+@triton.jit(do_not_specialize=["num_blocks", "num_steps", "num_runs", "num_channels"])
+def sums_kernel(
+    dBC_ptr, per_channel_ptr, dB_ptr, dC_ptr, dA_ptr, dbias_ptr, dD_ptr,
+    num_blocks, num_steps, num_runs, num_channels,
+    N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_A: tl.constexpr, HAS_D: tl.constexpr,
+):  # fmt: skip
+    """The gradients of B and C (N, B, L), A (N, E), bias and D (E,) from what backward_kernel's programs have left.
+
+    num_steps: B * L. HAS_A: not where there is one run, which has left the gradient of A as it is.
+    Grid: blocks of COLUMNS columns of dBC (num_blocks, 2, N, B, L), then of those of per_channel (num_runs, N + 2, E)
+    that are wanted.
+    """
+    num_shared = N * num_steps
+    programs_shared = tl.cdiv(2 * num_shared, COLUMNS)
+    if tl.program_id(0) < programs_shared:
+        at_I = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        sums_I = column_sums(dBC_ptr, num_blocks, 2 * num_shared, at_I, ROWS)
+        store(dB_ptr, at_I, sums_I, at_I < num_shared)
+        store(dC_ptr, at_I - num_shared, sums_I, (at_I >= num_shared) & (at_I < 2 * num_shared))
+    else:
+        of_A = N * num_channels
+        at_I = (tl.program_id(0) - programs_shared) * COLUMNS + tl.arange(0, COLUMNS) + (0 if HAS_A else of_A)
+        sums_I = column_sums(per_channel_ptr, num_runs, of_A + 2 * num_channels, at_I, ROWS)
+        if HAS_A:
+            store(dA_ptr, at_I, sums_I, at_I < of_A)
+        store(dbias_ptr, at_I - of_A, sums_I, (at_I >= of_A) & (at_I < of_A + num_channels))
+        if HAS_D:
+            is_D_I = (at_I >= of_A + num_channels) & (at_I < of_A + 2 * num_channels)
+            store(dD_ptr, at_I - of_A - num_channels, sums_I, is_D_I)

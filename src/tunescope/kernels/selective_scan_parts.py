@@ -60,11 +60,11 @@ def sum_of_steps(x):
 
 
 @triton.jit
-def shared_steps(ptr, t_RT, in_time_RT, BLOCK_E: tl.constexpr):
-    """The steps of a row that all channels share. A thread loads what it needs itself, once for all its channels."""
-    R: tl.constexpr = t_RT.shape[0]
-    K: tl.constexpr = t_RT.shape[1] // 8
-    rows = steps_of(load(ptr, t_RT, in_time_RT))
+def shared_steps(x_RT, BLOCK_E: tl.constexpr):
+    """The steps of a row that all channels share. A thread has loaded what it needs itself, once for its channels."""
+    R: tl.constexpr = x_RT.shape[0]
+    K: tl.constexpr = x_RT.shape[1] // 8
+    rows = steps_of(x_RT.to(tl.float32))
     steps = ()
     for j in tl.static_range(8):
         repeated = tl.broadcast_to(rows[j][None, :, :], (BLOCK_E // R, R, K))
@@ -135,6 +135,27 @@ def decays(delta, rate_E1):
 
 
 @triton.jit
+def delta_until_end(delta, REVERSE: tl.constexpr):
+    """The sum of Δ over the steps after each; REVERSE: over each and those before it. And the sum of each block.
+
+    Summed from the end where it is 0 or small: there the decays are that count.
+    """
+    block_delta_EK = sum_of_steps(delta)
+    nothing_E = tl.zeros([block_delta_EK.shape[0]], tl.float32)
+    since_EK, _ = chain(tl.full(block_delta_EK.shape, 1.0, tl.float32), block_delta_EK, nothing_E, not REVERSE)
+    until_end = ()
+    if REVERSE:
+        for j in tl.static_range(8):
+            since_EK += delta[j]
+            until_end = until_end + (since_EK,)
+    else:
+        for j in tl.static_range(7, -1, -1):
+            until_end = (since_EK,) + until_end
+            since_EK += delta[j]
+    return until_end, block_delta_EK
+
+
+@triton.jit
 def states_of(delta, delta_c, block_delta_EK, rate_E1, B, start_E):
     """The decay of each step; a state before each step and, ninth, after the last; and what leaves each block."""
     decay = decays(delta, rate_E1)
@@ -193,3 +214,16 @@ def first_sum(r, R: tl.constexpr):
         if (1 << level) < R:
             first += (r >> level & 1) * (8 >> level)
     return first
+
+
+@triton.jit
+def column_sums(ptr, num_rows, num_columns, at_I, ROWS: tl.constexpr):
+    """Of a matrix in memory, the sums of these columns; 0 beyond the last column. ROWS rows are read at once."""
+    row_R1 = tl.arange(0, ROWS)[:, None].to(tl.int64)
+    in_1I = (at_I < num_columns)[None, :]
+    sums_RI = tl.zeros([ROWS, at_I.shape[0]], tl.float32)
+    first = 0
+    while first < num_rows:
+        sums_RI += load(ptr, (first + row_R1) * num_columns + at_I[None, :], (first + row_R1 < num_rows) & in_1I)
+        first += ROWS
+    return tl.sum(sums_RI, axis=0)

@@ -3,10 +3,10 @@
 # E channels, B sequences, L time steps, N states per channel
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -15,7 +15,8 @@ from tunescope.kernels.selective_scan_kernels import (
     backward_kernel,
     carries_kernel,
     forward_kernel,
-    tile_gradients_kernel,
+    sums_kernel,
+    tile_ends_kernel,
 )
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -23,18 +24,23 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _STEPS = 8  # of a channel that a thread holds at once
 _WARP = 32  # threads, and a program is one warp
 
-# Programs of backward that 132 multiprocessors hold at once, by its registers. Not asked of the GPU, so that all GPUs
-# add in one order.
-_ONE_ROUND = 1056
+# What follows is fitted to 132 multiprocessors. Not asked of the GPU, so that all GPUs add in one order.
+_ONE_ROUND = 1056  # programs of backward held at once, by its registers
 _MAX_BLOCKS = 8
 _MIN_SPLIT_TILES = 4
+# Forward's split costs the host two launches more, and pays where one sequence alone leaves most of the GPU idle.
+_MAX_SPLIT_PROGRAMS_FORWARD = 528
+_MIN_SPLIT_TILES_FORWARD = 16
+_SUMMED_AT_ONCE = 4096  # numbers that a program of sums_kernel reads at once
+_MAX_ROWS = 128
 
 
 @dataclass(frozen=True)
 class _Launch:
     """What a program does: blocks times block_e channels, in tiles of tile steps.
 
-    is_split: a program has one tile, not all; what passes from tile to tile is then computed beforehand.
+    is_split: a program has one tile, not all; what passes from tile to tile is then computed beforehand. Where both
+    passes are split they have the same tile, as backward reads the states that forward started from.
     """
 
     block_e: int
@@ -48,21 +54,24 @@ class _Launch:
         return _WARP * _STEPS // self.tile
 
 
+@cache
 def _config(num_channels: int, batch: int, length: int) -> tuple[_Launch, _Launch]:
     """The launches of forward and of backward.
 
     A thread with two channels saves a sixth of the instructions per channel, but a GPU must have programs enough. In
     backward a program leaves its sums over channels in memory: the more channels it has, the less there is to add up
-    afterwards. Where programs are few and tiles many, backward's tiles are split, for a third more instructions.
+    afterwards. Where programs are few and tiles many, the tiles are split, for a third more instructions.
     """
-    tile = min(64, max(16, triton.next_power_of_2(length)))
-    num_tiles = triton.cdiv(length, tile)
+    tile = min(64, max(16, _next_power_of_2(length)))
+    num_tiles = _ceil_div(length, tile)
     covered = _WARP * _STEPS // tile
-    programs = triton.cdiv(num_channels, 2 * covered) * batch
+    programs = _ceil_div(num_channels, 2 * covered) * batch
     if programs >= 2 * _ONE_ROUND:
         return _Launch(2 * covered, tile), _Launch(2 * covered, tile, _blocks(programs))
-    long_tile = min(128, max(16, triton.next_power_of_2(length)))
+    long_tile = min(128, max(16, _next_power_of_2(length)))
     forward = _Launch(_WARP * _STEPS // long_tile, long_tile)
+    if programs <= _MAX_SPLIT_PROGRAMS_FORWARD and num_tiles >= _MIN_SPLIT_TILES_FORWARD:
+        forward = _Launch(2 * covered, tile, is_split=True)
     if programs >= _ONE_ROUND or num_tiles < _MIN_SPLIT_TILES:
         return forward, _Launch(covered, tile)
     return forward, _Launch(2 * covered, tile, _blocks(programs * num_tiles), is_split=True)
@@ -114,14 +123,20 @@ class _SelectiveScan(torch.autograd.Function):
         num_states = A_EN.shape[1]
         launch, backward = _config(num_channels, batch, length)
         save_every = backward.tile if needs_grad else launch.tile
-        unit = _unit(c_EBL, delta_EBL, z_EBL, B_NBL, C_NBL)
+        unit, strides = _units_and_strides(c_EBL, delta_EBL, z_EBL, B_NBL, C_NBL)
+        num_runs = 1
         y_EBL = _empty_like(c_EBL)
-        states = _empty(c_EBL, batch, triton.cdiv(length, save_every) - 1, num_states, num_channels)
-        forward_kernel[triton.cdiv(num_channels, launch.block_e), batch](
+        if launch.is_split:
+            num_runs = _ceil_div(length, launch.tile)
+            states = _carries(launch, c_EBL, delta_EBL, A_EN, B_NBL, None, bias_E, is_reverse=False)
+        else:
+            states = _empty(c_EBL, batch, _ceil_div(length, save_every) - 1, num_states, num_channels)
+        forward_kernel[_ceil_div(num_channels, launch.block_e), batch, num_runs](
             c_EBL, delta_EBL, A_EN, B_NBL, C_NBL, D_E, z_EBL, bias_E, y_EBL, states,
-            *_strides(unit, c_EBL, delta_EBL, z_EBL, B_NBL, C_NBL), num_channels, length // unit,
+            *strides, num_channels, length // unit,
             N=num_states, BLOCK_E=launch.block_e, T=launch.tile, R=launch.rows, SAVE=save_every, UNIT=unit,
-            EVEN_E=num_channels % launch.block_e == 0, HAS_D=D_E is not None, HAS_Z=z_EBL is not None, num_warps=1,
+            EVEN_E=num_channels % launch.block_e == 0, HAS_D=D_E is not None, HAS_Z=z_EBL is not None,
+            IS_SPLIT=launch.is_split, num_warps=1,
         )  # fmt: skip
         ctx.save_for_backward(c_EBL, delta_EBL, A_EN, B_NBL, C_NBL, D_E, z_EBL, bias_E, states)
         ctx.launch = backward
@@ -135,12 +150,12 @@ class _SelectiveScan(torch.autograd.Function):
         num_states = A_EN.shape[1]
         launch = ctx.launch
         dy_EBL = time_contiguous(dy_EBL)
-        unit = _unit(c_EBL, delta_EBL, z_EBL, dy_EBL, B_NBL, C_NBL)
-        num_blocks = triton.cdiv(num_channels, launch.block_e * launch.blocks)
-        num_tiles = triton.cdiv(length, launch.tile)
+        unit, strides = _units_and_strides(c_EBL, delta_EBL, z_EBL, dy_EBL, B_NBL, C_NBL)
+        num_blocks = _ceil_div(num_channels, launch.block_e * launch.blocks)
+        num_tiles = _ceil_div(length, launch.tile)
         num_runs = num_tiles if launch.is_split else 1
         if launch.is_split:
-            carries = _carries(launch, unit, delta_EBL, A_EN, C_NBL, z_EBL, bias_E, dy_EBL)
+            carries = _carries(launch, dy_EBL, delta_EBL, A_EN, C_NBL, z_EBL, bias_E, is_reverse=True)
         else:
             carries = _empty(c_EBL, batch, num_tiles - 1, num_states, num_channels)
         dc_EBL, ddelta_EBL = _empty_like(c_EBL), _empty_like(delta_EBL)
@@ -150,73 +165,101 @@ class _SelectiveScan(torch.autograd.Function):
         backward_kernel[num_blocks, batch, num_runs](
             c_EBL, delta_EBL, A_EN, B_NBL, C_NBL, D_E, z_EBL, bias_E, dy_EBL, states, carries,
             dc_EBL, ddelta_EBL, dz_EBL, dBC, per_channel,
-            *_strides(unit, c_EBL, delta_EBL, z_EBL, dy_EBL, B_NBL, C_NBL), num_channels, length // unit,
+            *strides, num_channels, length // unit,
             N=num_states, BLOCK_E=launch.block_e, BLOCKS=launch.blocks, T=launch.tile, R=launch.rows, UNIT=unit,
             EVEN_E=num_channels % (launch.block_e * launch.blocks) == 0, HAS_D=D_E is not None,
             HAS_Z=z_EBL is not None, IS_SPLIT=launch.is_split, num_warps=1,
         )  # fmt: skip
-        dB_NBL, dC_NBL = _sum(dBC).to(torch.promote_types(B_NBL.dtype, C_NBL.dtype))
-        per_channel = _sum(per_channel)
-        return (
-            None,
-            dc_EBL,
-            ddelta_EBL,
-            per_channel[:num_states].T,
-            dB_NBL.to(B_NBL.dtype),
-            dC_NBL.to(C_NBL.dtype),
-            None if D_E is None else per_channel[num_states + 1].to(D_E.dtype),
-            dz_EBL,
-            per_channel[num_states].to(bias_E.dtype),
-        )
+        dA_EN, dB_NBL, dC_NBL, dD_E, dbias_E = _sums(dBC, per_channel, B_NBL, C_NBL, D_E, bias_E)
+        return None, dc_EBL, ddelta_EBL, dA_EN, dB_NBL, dC_NBL, dD_E, dz_EBL, dbias_E
 
 
 def _carries(
     launch: _Launch,
-    unit: int,
+    x_EBL: Tensor,
     delta_EBL: Tensor,
     A_EN: Tensor,
-    C_NBL: Tensor,
+    B_NBL: Tensor,
     z_EBL: Tensor | None,
     bias_E: Tensor,
-    dy_EBL: Tensor,
+    *,
+    is_reverse: bool,
 ) -> Tensor:
-    """What passes from each tile to the one before it, so that no tile need wait: (B, tiles - 1, N, E)."""
+    """What passes from each tile to the one after it, so that no tile need wait: (B, tiles - 1, N, E), the states.
+
+    is_reverse: from each to the one before it, their gradients; x is then dy, and B is C.
+    """
     num_channels, batch, length = delta_EBL.shape
     num_states = A_EN.shape[1]
-    num_carries = triton.cdiv(length, launch.tile) - 1
-    carries = _empty(delta_EBL, batch, num_carries, num_states, num_channels)
-    tile_delta = _empty(delta_EBL, batch, num_carries, num_channels)
-    tile_gradients_kernel[triton.cdiv(num_channels, launch.block_e), batch, num_carries](
-        delta_EBL, A_EN, C_NBL, z_EBL, bias_E, dy_EBL, carries, tile_delta,
-        *_strides(unit, delta_EBL, z_EBL, dy_EBL, C_NBL), num_channels, length // unit,
+    num_ends = _ceil_div(length, launch.tile) - 1
+    unit, strides = _units_and_strides(delta_EBL, x_EBL, z_EBL, B_NBL)
+    ends = _empty(delta_EBL, batch, num_ends, num_states, num_channels)
+    tile_delta = _empty(delta_EBL, batch, num_ends, num_channels)
+    if num_ends == 0:
+        return ends
+    tile_ends_kernel[_ceil_div(num_channels, launch.block_e), batch, num_ends](
+        delta_EBL, A_EN, B_NBL, x_EBL, z_EBL, bias_E, ends, tile_delta, *strides, num_channels, length // unit,
         N=num_states, BLOCK_E=launch.block_e, T=launch.tile, R=launch.rows, UNIT=unit,
-        EVEN_E=num_channels % launch.block_e == 0, HAS_Z=z_EBL is not None, num_warps=1,
+        EVEN_E=num_channels % launch.block_e == 0, HAS_Z=z_EBL is not None, REVERSE=is_reverse, num_warps=1,
     )  # fmt: skip
-    carries_kernel[triton.cdiv(num_channels, _WARP), batch, num_states](
-        A_EN, carries, tile_delta, num_channels, num_carries, N=num_states, BLOCK_E=_WARP, num_warps=1
-    )
-    return carries
+    carries_kernel[_ceil_div(num_channels, _WARP), batch, num_states](
+        A_EN, ends, tile_delta, num_channels, num_ends,
+        N=num_states, BLOCK_E=_WARP, REVERSE=is_reverse, num_warps=1,
+    )  # fmt: skip
+    return ends
 
 
-def _sum(x: Tensor) -> Tensor:
-    return x[0] if len(x) == 1 else x.sum(0)
+def _sums(
+    dBC: Tensor, per_channel: Tensor, B_NBL: Tensor, C_NBL: Tensor, D_E: Tensor | None, bias_E: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of A, B, C, D and the bias from what the programs of backward have left, in one launch."""
+    num_blocks, num_runs = len(dBC), len(per_channel)
+    num_states, batch, length = B_NBL.shape
+    num_channels = len(bias_E)
+    has_A = num_runs > 1
+    dB_NBL, dC_NBL, dbias_E = _empty_like(B_NBL), _empty_like(C_NBL), _empty_like(bias_E)
+    dD_E = None if D_E is None else _empty_like(D_E)
+    dA_NE = _empty(bias_E, num_states, num_channels) if has_A else per_channel[0, :num_states]
+    rows = min(_MAX_ROWS, _next_power_of_2(num_blocks))
+    columns = _SUMMED_AT_ONCE // rows
+    wanted = (num_states + 2 if has_A else 2) * num_channels
+    sums_kernel[_ceil_div(2 * B_NBL.numel(), columns) + _ceil_div(wanted, columns),](
+        dBC, per_channel, dB_NBL, dC_NBL, dA_NE, dbias_E, dD_E, num_blocks, batch * length, num_runs, num_channels,
+        N=num_states, ROWS=rows, COLUMNS=columns, HAS_A=has_A, HAS_D=D_E is not None, num_warps=4,
+    )  # fmt: skip
+    return dA_NE.T, dB_NBL, dC_NBL, dD_E, dbias_E
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    """Contiguous, where torch.empty_like keeps strides."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _strides(unit: int, *tensors: Tensor | None) -> list[int]:
-    """Of the two axes before time, in units; 0 for an absent tensor."""
-    return [0 if x is None else x.stride(axis) // unit for x in tensors for axis in (0, 1)]
+# Triton's own cost the host more than a microsecond each.
+def _ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)
 
 
-def _unit(*tensors: Tensor | None) -> int:
-    """_STEPS if all rows are whole multiples of it long and apart; else 1, and the kernels cannot load vectors."""
-    sizes = [size for x in tensors if x is not None for size in (*x.stride()[:2], x.shape[-1])]
-    return _STEPS if all(size % _STEPS == 0 for size in sizes) else 1
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _units_and_strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
+    """The unit of strides and length, and each tensor's strides of the two axes before time; 0 for an absent one.
+
+    The unit is _STEPS if all rows are whole multiples of it long and apart. Else it is 1, and the kernels cannot load
+    vectors.
+    """
+    strides: list[int] = []
+    is_whole = True
+    for x in tensors:
+        if x is None:
+            strides += 0, 0
+            continue
+        row, batch_row, _ = x.stride()
+        is_whole = is_whole and row % _STEPS == batch_row % _STEPS == x.shape[-1] % _STEPS == 0
+        strides += row, batch_row
+    return (_STEPS, [stride // _STEPS for stride in strides]) if is_whole else (1, strides)
