@@ -1,0 +1,334 @@
+"""What one fine-tuning step asks of a host and of a GPU, counted from config.json and recipe: launches, bytes, FLOP.
+
+No seconds here and nothing fitted: time_fit.py knows the speeds that these counts are divided by. Launches were counted
+in traces of Mixtral and BlackMamba (docs/results/h200); docs/time_model.md has the sums beside the traces.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunescope.cost.memory_shapes import (
+    BF16,
+    BLACKMAMBA,
+    FP32,
+    Decoder,
+    Linear,
+    Setup,
+    check_blackmamba,
+    model_type,
+    read_decoder,
+    read_setup,
+)
+from tunescope.errors import UserError
+from tunescope.families.blackmamba import BLACKMAMBA as BLACKMAMBA_FAMILY
+from tunescope.families.blackmamba_shapes import EXPERTS, delta_rank, inner_width, num_parameters, parameter_shapes
+from tunescope.families.family import GROUPED, LOOP, NF4_BYTES_PER_WEIGHT
+from tunescope.flops import ForwardFlop, train_flop
+from tunescope.hardware import Device
+
+STOCK = "stock"
+MOE_PATHS = (STOCK, GROUPED, LOOP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWork:
+    """Of one optimizer step on one GPU, all its micro-batches together.
+
+    launches: kernels that the host launches. weight_bytes: DRAM traffic of weights, which does not depend on the batch:
+    packed, decoded, read again, in every pass. matmul_flop: of matrix products and attention. activation_bytes,
+    scan_bytes: DRAM traffic that goes with the token slots, outside of Mamba mixers and in them. optimizer_bytes: of
+    clipping and the update. is_bf16: whether the products run in bf16, not in fp32.
+    """
+
+    launches: float
+    weight_bytes: float
+    matmul_flop: float
+    activation_bytes: float
+    scan_bytes: float
+    optimizer_bytes: float
+    is_bf16: bool
+
+    def seconds_at_peak(self, device: Device) -> tuple[float, ...]:
+        """In the order of time_fit.TERMS, if a launch took 1 us and the GPU reached the peaks of its data sheet."""
+        bytes_per_s = device.dram_bytes_per_s
+        flop_per_s = device.peak_bf16_flop_per_s if self.is_bf16 else device.peak_fp32_flop_per_s
+        return (
+            self.launches * 1e-6,
+            self.weight_bytes / bytes_per_s,
+            self.matmul_flop / flop_per_s,
+            self.activation_bytes / bytes_per_s,
+            self.scan_bytes / bytes_per_s,
+            self.optimizer_bytes / bytes_per_s,
+        )
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Kernels of one call: forward, and backward without its recompute."""
+
+    forward: float
+    backward: float
+
+    def in_step(self, setup: Setup) -> float:
+        return self.forward * (2 if setup.is_checkpointed else 1) + self.backward
+
+
+# Counted in traces of Mixtral-8x7B's stock path (transformers 4.57, PEFT 0.18, bitsandbytes 0.50): averages, for
+# bitsandbytes has one or several kernels for a product, by its number of rows.
+_NORM = Launches(8, 15)
+_ATTENTION = Launches(13, 31)  # rotary embedding, scores, values, layouts; without its linears
+_RESIDUALS = Launches(2, 0)
+_NF4 = Launches(3.5, 4.7)  # scales, decoding, product
+_PLAIN = Launches(1, 1)  # a frozen bf16 linear: backward makes only the gradient of its input
+_TRAINED = Launches(1, 3)  # and of its weight, which is then accumulated
+_CAST = Launches(1, 1)  # of a trained fp32 weight to bf16, and of its gradient back
+_LORA = Launches(8, 10)  # casts, two products, scaling, adding; gradients of both matrices
+_GATED = Launches(2, 3)  # activation and product of an MLP
+_DISPATCH = Launches(14, 23)  # an expert's tokens: found, gathered, weighted, added back
+_ROUTER = Launches(6, 4)  # without its linear
+_OUTSIDE = 65  # embedding, final norm, head, loss, batch
+# Counted in traces of BlackMamba's grouped path.
+_GROUPED_DISPATCH = Launches(12, 20)  # sorting by expert, gathering, adding back: once a layer
+_MAMBA_NORM = Launches(1, 3)
+_MAMBA = Launches(6, 14)  # convolution, scan, gating, layouts; without its four linears
+# In no trace: an expert's tokens in the study's BlackMamba, from its code.
+_MAMBA_DISPATCH = Launches(9, 20)
+# torch works on all tensors at once, in kernels of so many numbers or tensors, several times over.
+_NUMBERS_A_LAUNCH, _TENSORS_A_LAUNCH = 320 * 65536, 70
+_ADAMW_PASSES, _FUSED_PASSES, _CLIP_PASSES = 7, 1, 2
+
+# Numbers that pass through DRAM for each row of a tensor of the given width, in one forward: read and written by
+# elementwise kernels, which the stock path does not fuse.
+_PASSES_NORM = 8  # in fp32 inside: counted as 16 bf16 numbers would be, half
+_PASSES_ATTENTION = 10
+_PASSES_GATED = 8
+_PASSES_DISPATCH = 8
+_PASSES_LORA = 6
+_PASSES_MAMBA = 16
+_PASSES_LOGITS = 8  # logits in fp32: cast, shifted, logarithms, gradients; forward and backward together
+_BACKWARD_OVER_FORWARD = 2
+
+# AdamW of torch, one kernel a term (torch/optim/adamw.py, _multi_tensor_adamw), and fused; numbers of a tensor's size.
+_ADAMW_NUMBERS, _FUSED_NUMBERS = 20, 7
+_CLIP_NUMBERS = 3  # the norm reads gradients, scaling reads and writes them
+
+
+def step_work(
+    config: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    *,
+    batch_size: int,
+    slots: float,
+    key_slots: float | None = None,
+    moe_path: str = STOCK,
+) -> StepWork:
+    """Of a step whose micro-batches have `slots` token slots each, padding included.
+
+    config: of the model, with the depth and top_k that run. recipe: LLaMA-Factory's keys. key_slots: keys seen, summed
+    over the slots of a micro-batch; by default as of equally long queries, where a causal one of n tokens sees n n / 2.
+    moe_path: `stock`, experts one after another as transformers does and the study's BlackMamba did; `loop`, the same
+    by this project's code; `grouped`, all experts in one product. A model without experts ignores it. Raises UserError
+    for a model, a recipe, a path or a size that is not modelled.
+    """
+    if moe_path not in MOE_PATHS:
+        raise UserError(f"MoE path {moe_path!r} is unknown", cure=f"use one of {', '.join(MOE_PATHS)}")
+    if batch_size < 1 or not (math.isfinite(slots) and slots > 0):
+        raise UserError(f"a batch of {batch_size} queries with {slots:g} token slots cannot be run")
+    keys = slots * slots / batch_size / 2 if key_slots is None else key_slots
+    if not (math.isfinite(keys) and keys >= 0):
+        raise UserError(f"{keys:g} keys cannot be seen")
+    if model_type(config) == BLACKMAMBA:
+        return _blackmamba(config, recipe, slots, keys, moe_path)
+    return _decoder(config, recipe, slots, keys, moe_path)
+
+
+def code_of(config: Mapping[str, Any], recipe: Mapping[str, Any], moe_path: str = STOCK) -> str:
+    """Name of the code that a step runs through, whose costs may differ from another's: `mixtral QLoRA, stock`."""
+    method = str(recipe.get("finetuning_type", "lora"))
+    if method == "lora":
+        method = "QLoRA" if recipe.get("quantization_bit") else "LoRA"
+    has_experts = any(config.get(key) for key in ("num_local_experts", "num_experts"))
+    return f"{config.get('model_type')} {method}" + (f", {moe_path}" if has_experts else "")
+
+
+def num_hit_experts(num_experts: int, top_k: int, slots: float) -> float:
+    """Expected number of experts that at least one of the slots goes to, routing being uniform."""
+    if not num_experts:
+        return 1.0
+    return num_experts * (1 - (1 - top_k / num_experts) ** slots)
+
+
+def _decoder(
+    config: Mapping[str, Any], recipe: Mapping[str, Any], slots: float, keys: float, moe_path: str
+) -> StepWork:
+    shape = read_decoder(config)
+    setup = read_setup(recipe, shape.linears)
+    micro_steps = int(recipe.get("gradient_accumulation_steps", 1))
+    hit = num_hit_experts(shape.num_experts, shape.top_k, slots)
+    flop = train_flop(_decoder_flop(shape, setup), slots, keys, recompute=setup.is_checkpointed)
+    layer_launches = (
+        2 * _NORM.in_step(setup)
+        + _ATTENTION.in_step(setup)
+        + _RESIDUALS.in_step(setup)
+        + sum(_linear_launches(linear, setup) for linear in shape.attention)
+        + _mlp_launches(shape, setup, hit, moe_path)
+    )
+    head = shape.width * shape.vocab_size
+    head_bytes = head * (2 * BF16 if setup.is_lora else _trained_bytes(setup))
+    layer_bytes = sum(_weight_bytes(linear, setup) * (hit if linear.copies > 1 else 1) for linear in shape.linears)
+    passes = _passes(setup)
+    activation_bytes = (
+        shape.num_layers * slots * passes * _layer_numbers(shape, setup) * setup.compute
+        + slots * shape.vocab_size * _PASSES_LOGITS * FP32
+    )
+    num_trained = _num_trained(shape, setup)
+    return StepWork(
+        launches=micro_steps * (shape.num_layers * layer_launches + _OUTSIDE)
+        + _update_launches(num_trained, _num_tensors(shape, setup), setup),
+        weight_bytes=micro_steps * (shape.num_layers * layer_bytes + head_bytes),
+        matmul_flop=micro_steps * flop,
+        activation_bytes=micro_steps * activation_bytes,
+        scan_bytes=0.0,
+        optimizer_bytes=_optimizer_bytes(num_trained, setup),
+        is_bf16=setup.compute == BF16,
+    )
+
+
+def _decoder_flop(shape: Decoder, setup: Setup) -> ForwardFlop:
+    """As flops.lora_forward_flop, for any recipe that Setup describes."""
+    frozen = trained = 0.0
+    for linear in shape.linears:
+        runs = shape.top_k if linear.copies > 1 else 1
+        if setup.is_lora:
+            frozen += 2.0 * runs * linear.num_weights
+            if setup.is_adapted(linear):
+                trained += 2.0 * runs * setup.rank * (linear.in_width + linear.out_width)
+        else:
+            trained += 2.0 * runs * linear.num_weights
+    return ForwardFlop(
+        frozen=shape.num_layers * frozen,
+        trained=shape.num_layers * trained,
+        head=2.0 * shape.width * shape.vocab_size,
+        head_is_trained=not setup.is_lora,
+        attention_per_key=4.0 * shape.num_layers * shape.heads * shape.head_width,
+    )
+
+
+def _linear_launches(linear: Linear, setup: Setup) -> float:
+    """Of one call of one linear."""
+    if not setup.is_lora:
+        return _TRAINED.in_step(setup) + (_CAST.in_step(setup) if setup.casts_weights else 0)
+    base = _NF4 if setup.is_quantised else _PLAIN
+    return base.in_step(setup) + (_LORA.in_step(setup) if setup.is_adapted(linear) else 0)
+
+
+def _mlp_launches(shape: Decoder, setup: Setup, hit: float, moe_path: str) -> float:
+    of_mlp = sum(_linear_launches(linear, setup) for linear in shape.mlp) + _GATED.in_step(setup)
+    if not shape.num_experts:
+        return of_mlp
+    router = _ROUTER.in_step(setup) + sum(_linear_launches(linear, setup) for linear in shape.router)
+    if moe_path == GROUPED:
+        return router + of_mlp + _GROUPED_DISPATCH.in_step(setup)
+    return router + hit * (of_mlp + _DISPATCH.in_step(setup))
+
+
+def _weight_bytes(linear: Linear, setup: Setup) -> float:
+    """DRAM traffic of one weight in all passes of a micro-step."""
+    if not setup.is_lora:
+        return linear.num_weights * _trained_bytes(setup)
+    # Decoded to bf16 in memory, then read by the product.
+    a_pass = NF4_BYTES_PER_WEIGHT + 2 * BF16 if setup.is_quantised else setup.frozen
+    return linear.num_weights * a_pass * (3 if setup.is_checkpointed else 2)
+
+
+def _trained_bytes(setup: Setup) -> float:
+    """Of a trained weight's number: read in forward, recompute and backward, its gradient written; casts beside."""
+    reads = 3 if setup.is_checkpointed else 2
+    return reads * setup.compute + setup.trained + (setup.trained + 2 * setup.compute if setup.casts_weights else 0)
+
+
+def _passes(setup: Setup) -> float:
+    return (2 if setup.is_checkpointed else 1) + _BACKWARD_OVER_FORWARD
+
+
+def _layer_numbers(shape: Decoder, setup: Setup) -> float:
+    """Numbers that one slot moves in one forward of one layer, in the dtype of the matmuls."""
+    attention_width = 2 * (shape.heads + shape.kv_heads) * shape.head_width
+    numbers = 2 * _PASSES_NORM * shape.width + _PASSES_ATTENTION * (attention_width + shape.width) / 2
+    dispatched = _PASSES_DISPATCH * shape.width if shape.num_experts else 0
+    numbers += shape.top_k * (_PASSES_GATED * shape.mlp_width + dispatched)
+    for linear in shape.linears:
+        if setup.is_adapted(linear):
+            numbers += _PASSES_LORA * linear.out_width * (shape.top_k if linear.copies > 1 else 1)
+    return numbers
+
+
+def _num_trained(shape: Decoder, setup: Setup) -> float:
+    if setup.is_lora:
+        adapted = [linear for linear in shape.linears if setup.is_adapted(linear)]
+        of_layer = sum(linear.copies * setup.rank * (linear.in_width + linear.out_width) for linear in adapted)
+        return float(shape.num_layers * of_layer)
+    of_layer = sum(linear.copies * linear.num_weights for linear in shape.linears) + sum(shape.norm_widths)
+    return float(shape.num_layers * of_layer + shape.width * shape.vocab_size * (1 if shape.is_tied else 2))
+
+
+def _num_tensors(shape: Decoder, setup: Setup) -> int:
+    """Trained ones; an adapter has two."""
+    if setup.is_lora:
+        return shape.num_layers * sum(2 * linear.copies for linear in shape.linears if setup.is_adapted(linear))
+    return shape.num_layers * (sum(linear.copies for linear in shape.linears) + len(shape.norm_widths)) + 2
+
+
+def _update_launches(num_trained: float, num_tensors: int, setup: Setup) -> float:
+    """Of clipping and the optimizer."""
+    a_pass = max(num_trained / _NUMBERS_A_LAUNCH, num_tensors / _TENSORS_A_LAUNCH)
+    return a_pass * (_CLIP_PASSES + (_FUSED_PASSES if setup.is_fused_optimizer else _ADAMW_PASSES))
+
+
+def _optimizer_bytes(num_trained: float, setup: Setup) -> float:
+    adamw = _FUSED_NUMBERS if setup.is_fused_optimizer else _ADAMW_NUMBERS
+    return num_trained * (adamw + _CLIP_NUMBERS) * setup.trained
+
+
+def _blackmamba(
+    config: Mapping[str, Any], recipe: Mapping[str, Any], slots: float, keys: float, moe_path: str
+) -> StepWork:
+    # Its experts' path is the argument's; scans differ in time, and are not told apart.
+    check_blackmamba({**config, "moe": GROUPED, "scan": "auto"})
+    # The study's model and this project's ignore the recipe's checkpointing: no block is ever run twice.
+    setup = read_setup({**recipe, "disable_gradient_checkpointing": True}, ())
+    micro_steps = int(recipe.get("gradient_accumulation_steps", 1))
+    width, inner, experts = config["hidden_size"], inner_width(config), config["num_local_experts"]
+    kinds = config["layers_block_type"]
+    num_mamba, num_moe = kinds.count("mamba"), kinds.count("moe")
+    top_k = config["num_experts_per_tok"]
+    hit = num_hit_experts(experts, top_k, slots)
+    linear = _TRAINED.in_step(setup) + (_CAST.in_step(setup) if setup.casts_weights else 0)
+    an_expert = 2 * linear + _GATED.in_step(setup)
+    router = _ROUTER.in_step(setup) + linear
+    if moe_path == GROUPED:
+        moe = router + an_expert + _GROUPED_DISPATCH.in_step(setup)
+    else:
+        moe = router + hit * (an_expert + _MAMBA_DISPATCH.in_step(setup))
+    launches = (num_mamba + num_moe) * _MAMBA_NORM.in_step(setup) + num_moe * moe
+    launches += num_mamba * (4 * linear + _MAMBA.in_step(setup)) + _OUTSIDE
+    of_experts = sum(math.prod(shape) for name, shape in parameter_shapes(config).items() if EXPERTS in name)
+    num_trained = num_parameters(config)
+    read = num_trained - of_experts * (1 - hit / experts)
+    moved = slots * setup.compute * _passes(setup)
+    mamba_numbers = _PASSES_MAMBA * inner + 4 * (delta_rank(config) + 2 * config["state_size"])
+    moe_numbers = top_k * (_PASSES_GATED * config["intermediate_size"] + _PASSES_DISPATCH * width)
+    numbers = num_moe * moe_numbers + len(kinds) * _PASSES_NORM * width
+    activation_bytes = moved * numbers + slots * config["vocab_size"] * _PASSES_LOGITS * FP32
+    forward = BLACKMAMBA_FAMILY.forward_flop(dict(config), dict(recipe))
+    return StepWork(
+        launches=micro_steps * launches + _update_launches(num_trained, len(parameter_shapes(config)), setup),
+        weight_bytes=micro_steps * read * _trained_bytes(setup),
+        matmul_flop=micro_steps * train_flop(forward, slots, keys, recompute=False),
+        activation_bytes=micro_steps * activation_bytes,
+        scan_bytes=micro_steps * moved * num_mamba * mamba_numbers,
+        optimizer_bytes=_optimizer_bytes(num_trained, setup),
+        is_bf16=setup.compute == BF16,
+    )
