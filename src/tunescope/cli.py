@@ -4,14 +4,21 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from tunescope import __version__
-from tunescope.config import LATENCY, POINTS_HELP, THROUGHPUT
+from tunescope.config import LATENCY, NCU, POINTS_HELP, THROUGHPUT
 from tunescope.errors import UserError
 from tunescope.families import FAMILIES, find_family
+from tunescope.ncu.settings import DEFAULT_MAX_LAUNCHES
+from tunescope.ncu.settings import PHASES as NCU_PHASES
+from tunescope.ncu.settings import Settings as NcuSettings
+
+if TYPE_CHECKING:
+    from tunescope.gpus import Gpu
+    from tunescope.measure.plan import PointSpec
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells have it
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +103,67 @@ def run_latency(
     _run(LATENCY, _latency_parser(model), **locals())
 
 
+@run_app.command("kernels")
+def run_kernels(
+    model: Model = "mixtral",
+    preset: Preset = "auto",
+    gpu: GpuIndex = None,
+    out: Out = None,
+    points: Points = None,
+    ncu: Annotated[
+        str | None, typer.Option(help="Nsight Compute's ncu, if neither on the PATH nor in CUDA_HOME")
+    ] = None,
+    launches: Annotated[
+        int, typer.Option(help="launches of a point to count, chosen over all operators; 0 for every one")
+    ] = DEFAULT_MAX_LAUNCHES,
+    phases: Annotated[str, typer.Option(help="which of forward, recompute and backward")] = ",".join(NCU_PHASES),
+    layers: Annotated[str | None, typer.Option(help="decoder layers to count in, as 0,15,31; all if not given")] = None,
+    clock_control: Annotated[str, typer.Option(help="none, or base: the GPU held at its base clock")] = "none",
+    cache_control: Annotated[str, typer.Option(help="all: caches emptied before each replay; or none")] = "all",
+    dataset: Datasets = None,
+    model_path: ModelPath = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    reentrant: Reentrant = False,
+    scan: Scan = "auto",
+    memory_budget_gib: MemoryBudgetGib = None,
+) -> None:
+    """Figures 6, 9 and 10: what the kernels of the MoE layer make of the GPU, by Nsight Compute, or modelled."""
+    settings = NcuSettings(
+        path=ncu,
+        clock_control=clock_control,
+        cache_control=cache_control,
+        max_launches=launches,
+        phases=tuple(name.strip() for name in phases.split(",")),
+        layers=_whole_numbers("--layers", layers),
+    )
+    scripts = find_family(model).scripts
+    _run(
+        NCU,
+        f"sm_{scripts}.py" if scripts else "-m tunescope table sm",
+        model=model,
+        preset=preset,
+        gpu=gpu,
+        out=out,
+        points=points,
+        dataset=dataset,
+        model_path=model_path,
+        dry_run=dry_run,
+        fresh=fresh,
+        reentrant=reentrant,
+        scan=scan,
+        memory_budget_gib=memory_budget_gib,
+        ncu=settings,
+    )
+
+
+def _whole_numbers(flag: str, text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise UserError(f"{flag} {text!r} is not a list of whole numbers", cure=f"write it as {flag} 0,15,31") from None
+
+
 def _latency_parser(model: str) -> str:
     scripts = find_family(model).scripts
     return f"{scripts}_latency.py" if scripts else "-m tunescope table latency"
@@ -131,10 +199,20 @@ def _run(
             )
         return
     typer.echo(f"preset {plan.size.preset}: {plan.size.reason}", err=True)
-    counts = run_sweep(plan, out_dir, fresh=fresh)
+    counts = run_sweep(plan, out_dir, fresh=fresh, guess=_guess_max_batch)
     typer.echo(f"Table: python3 {parser} {_short(out_dir)}")
     if counts.get("failed"):
         raise typer.Exit(1)
+
+
+def _guess_max_batch(spec: "PointSpec", gpu: "Gpu | None") -> int | None:
+    """Where the search for a point's largest batch begins: where memory is predicted to end."""
+    from tunescope.cost.estimate_memory import guess_max_batch
+
+    if gpu is None or spec.search is None:
+        return None
+    budget_bytes = min(gpu.memory_total_bytes, spec.memory_budget_bytes or gpu.memory_total_bytes)
+    return guess_max_batch(spec.workload.model_config, spec.workload.recipe, budget_bytes, spec.search.longest_tokens)
 
 
 @table_app.command("throughput")
@@ -159,6 +237,28 @@ def table_latency(
         raise typer.Exit(UserError.EXIT_CODE)
 
 
+Phase = Annotated[str, typer.Option(help="all, forward, recompute or backward")]
+Metric = Annotated[str | None, typer.Option(help="another counter instead, as dram_percent or occupancy_percent")]
+
+
+@table_app.command("sm")
+def table_sm(folder: Folder, format: Format = "text", phase: Phase = "all", metric: Metric = None) -> None:
+    """Figures 6 and 9: SM utilisation of the MoE layer's kernels, the paper's A40 beside it."""
+    from tunescope.report.kernels import SM, print_utilization
+
+    if not print_utilization(folder, SM, format, phase, metric):
+        raise typer.Exit(UserError.EXIT_CODE)
+
+
+@table_app.command("mem")
+def table_mem(folder: Folder, format: Format = "text", phase: Phase = "all", metric: Metric = None) -> None:
+    """Figures 6 and 10: memory utilisation of the MoE layer's kernels, as the paper counts it, and of DRAM."""
+    from tunescope.report.kernels import MEMORY, print_utilization
+
+    if not print_utilization(folder, MEMORY, format, phase, metric):
+        raise typer.Exit(UserError.EXIT_CODE)
+
+
 @table_app.command("kernels")
 def table_kernels(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="a PyTorch trace, .json or .json.gz")],
@@ -178,6 +278,75 @@ def table_paper_model(format: Format = "text") -> None:
     from tunescope.report.paper_model import print_paper_model
 
     print_paper_model(format)
+
+
+@table_app.command("validation")
+def table_validation(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="points to hold out instead of the project's own")
+    ] = None,
+    format: Format = "text",
+) -> None:
+    """Forecasts of step times on points held out: the paper's and this project's own, the paper's Equation 2 beside."""
+    from tunescope.report.validation import print_validation
+
+    print_validation(format, folder)
+
+
+@app.command("estimate")
+def estimate(
+    model: Annotated[
+        str, typer.Option(help="a family (mixtral, blackmamba, qwen3_moe), a folder with a config.json, or that file")
+    ] = "mixtral",
+    data: Annotated[
+        str, typer.Option(help="cs, math, a histogram (.csv: length_tokens,count) or a data file (.json, .jsonl)")
+    ] = "cs",
+    epochs: Annotated[float, typer.Option(help="passes over the data")] = 1.0,
+    queries: Annotated[int | None, typer.Option(help="trained in an epoch; all of the data if not given")] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help="a40,h100,...; repeatable; all if not given")] = None,
+    batch: Annotated[str, typer.Option(help="queries a micro-batch, or max: the largest that fits")] = "max",
+    method: Annotated[str, typer.Option(help="ours, or paper: its Equations 1 and 2 and Table IV")] = "ours",
+    sparsity: Annotated[str | None, typer.Option(help="sparse or dense")] = None,
+    top_k: Annotated[int | None, typer.Option(help="experts a token, instead of --sparsity")] = None,
+    cutoff_len: Annotated[
+        int | None,
+        typer.Option("--cutoff-len", "--seq-len", help="queries are cut at this (tokens); else the recipe's"),
+    ] = None,
+    price: Annotated[list[str] | None, typer.Option(help="GPU=USD_PER_HOUR, as a40=0.37; repeatable")] = None,
+    prices: Annotated[
+        Path | None, typer.Option(help="a CSV of prices: gpu,usd_per_hour[,date,provider,source]")
+    ] = None,
+    calibrate: Annotated[Path | None, typer.Option(help="folder of points measured on your GPU")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="a LLaMA-Factory YAML file; else the family's own")] = None,
+    moe: Annotated[str | None, typer.Option(help="path of the experts: stock, grouped or loop")] = None,
+    format: Format = "text",
+) -> None:
+    """Hours, USD and energy of a fine-tuning run, from config, data and GPU; nothing is run."""
+    from tunescope.report.estimate import print_estimate
+
+    settings = None
+    if recipe is not None:
+        from tunescope.train.recipe import load_recipe
+
+        settings = load_recipe(recipe)
+    if not print_estimate(
+        model,
+        data,
+        method=method,
+        format=format,
+        epochs=epochs,
+        queries=queries,
+        gpus=gpu or ["all"],
+        batch=batch,
+        sparsity=sparsity,
+        top_k=top_k,
+        cutoff_len=cutoff_len,
+        prices=[*(price or ()), *([str(prices)] if prices else ())],
+        calibrate=calibrate,
+        recipe=settings,
+        moe_path=moe,
+    ):
+        raise typer.Exit(UserError.EXIT_CODE)
 
 
 @app.command("train", context_settings={"allow_interspersed_args": True})

@@ -11,8 +11,10 @@ from tunescope.families import find_family
 from tunescope.paper import latency
 
 PRESETS = ("full", "slice", "tiny")
-# What a launcher measures: queries/s of Figure 8, or where a step's time goes, Figures 4, 5 and 11.
-THROUGHPUT, LATENCY = "throughput", "latency"
+# What a launcher measures: queries/s of Figure 8; where a step's time goes, Figures 4, 5 and 11; or what the kernels of
+# the MoE layer make of the GPU, Figures 6, 9 and 10.
+THROUGHPUT, LATENCY, NCU = "throughput", "latency", "ncu"
+MAX = "max"  # as a batch size: the largest that trains
 MAX_BATCH = 65_536
 MAX_SEQ_LEN_TOKENS = 32_768
 PAPER_DATASETS = ("cs", "math")
@@ -21,7 +23,8 @@ RANDOM_TOKENS = "random"
 
 POINTS_HELP = (
     "DATASET:SPARSITY:bs=N[,N...][:seq=N], with SPARSITY sparse, dense or k=N; several separated by spaces "
-    "or ';'; 'paper' stands for the figure's own points. Example: 'cs:sparse:bs=1,2,4,8,16 math:dense:bs=1'"
+    "or ';'; bs=max finds the largest batch that trains; 'paper' stands for the figure's own points. "
+    "Example: 'cs:sparse:bs=1,2,4,8,16 math:dense:bs=1'"
 )
 
 
@@ -32,6 +35,7 @@ class Point:
     per_device_batch_size: queries per micro-step on one GPU.
     seq_len_tokens: every query padded or cut to exactly this length; None: each its own length.
     num_layers: decoder layers actually run; fewer than `total_layers` only in preset slice.
+    find_max: the batch size is the largest that trains, to be found; until it is, per_device_batch_size is 1.
     """
 
     model: str
@@ -42,6 +46,7 @@ class Point:
     preset: str = "full"
     num_layers: int = 32
     total_layers: int = 32
+    find_max: bool = False
 
     def __post_init__(self) -> None:
         check_point(self)
@@ -59,18 +64,24 @@ class Point:
         """Short name for people: `cs sparse batch 8`, with the length where it is fixed."""
         length = f" length {self.seq_len_tokens}" if self.seq_len_tokens else ""
         depth = f" {self.num_layers}/{self.total_layers} layers" if self.preset == "slice" else ""
-        return f"{self.dataset} {self.sparsity} batch {self.per_device_batch_size}{length}{depth}"
+        batch = "max" if self.find_max else self.per_device_batch_size
+        return f"{self.dataset} {self.sparsity} batch {batch}{length}{depth}"
 
     def point_id(self, device_slug: str) -> str:
         """Folder name. Holds the preset and the device, so that no machine overwrites another's result."""
-        parts = [self.dataset, f"k{self.top_k}", f"b{self.per_device_batch_size}"]
+        parts = [self.dataset, f"k{self.top_k}", "bmax" if self.find_max else f"b{self.per_device_batch_size}"]
         if self.seq_len_tokens:
             parts.append(f"s{self.seq_len_tokens}")
         parts.append(self.preset + (str(self.num_layers) if self.preset == "slice" else ""))
         return "-".join([*parts, device_slug])
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without what means nothing for a given batch size, so that points measured before it existed keep their
+        identity."""
+        content = asdict(self)
+        if not self.find_max:
+            del content["find_max"]
+        return content
 
 
 def check_point(point: Point) -> None:
@@ -95,6 +106,12 @@ def check_point(point: Point) -> None:
             raise UserError(f"{field} is {value}; it must be from 1 to {largest}")
     if point.preset not in PRESETS:
         raise unknown_preset(point.preset)
+    if point.find_max and point.preset == "slice":
+        raise UserError(
+            "bs=max finds nothing of the whole model in preset slice",
+            cause="slice runs only as many layers as fit the GPU, and more queries fit beside fewer layers",
+            cure="name batch sizes, as bs=1,2,4; or use a GPU that holds all layers",
+        )
 
 
 def unknown_preset(preset: str) -> UserError:
@@ -106,7 +123,7 @@ def paper_points(model: str, kind: str = THROUGHPUT) -> list[Point]:
     a model that the paper does not have its family's."""
     if own := find_family(model).points:
         return parse_points(own[kind], model, kind)
-    if kind == LATENCY:
+    if kind in (LATENCY, NCU):
         return [
             Point(
                 model=model,
@@ -128,21 +145,28 @@ def parse_points(text: str, model: str, kind: str = THROUGHPUT) -> list[Point]:
     points: list[Point] = []
     for item in re.split(r"[\s;]+", text.strip()):
         if item:
-            points += paper_points(model, kind) if item == "paper" else _parse_item(item, model)
+            points += paper_points(model, kind) if item == "paper" else _parse_item(item, model, kind)
     if not points:
         raise UserError("--points names no point", cure=POINTS_HELP)
     return list(dict.fromkeys(points))
 
 
-def _parse_item(item: str, model: str) -> list[Point]:
+def _parse_item(item: str, model: str, kind: str) -> list[Point]:
     number = r"\d{1,18}"  # int() refuses thousands of digits
+    size = rf"(?:{number}|{MAX})"
     match = re.fullmatch(
         rf"(?P<dataset>[^:]+):(?P<sparsity>sparse|dense|k={number})"
-        rf":bs=(?P<batches>{number}(?:,{number})*)(?::seq=(?P<seq>{number}))?",
+        rf":bs=(?P<batches>{size}(?:,{size})*)(?::seq=(?P<seq>{number}))?",
         item,
     )
     if match is None:
         raise UserError(f"point {item!r} is not understood", cure=POINTS_HELP)
+    batches = match["batches"].split(",")
+    if MAX in batches and kind != THROUGHPUT:
+        raise UserError(
+            f"point {item!r}: only a throughput launcher finds the largest batch",
+            cure=f"run that first, and name the batch size that it finds instead of {MAX}",
+        )
     sparsity, family = match["sparsity"], find_family(model)
     top_k = {"sparse": family.sparse_top_k, "dense": family.num_experts}.get(sparsity)
     return [
@@ -150,10 +174,11 @@ def _parse_item(item: str, model: str) -> list[Point]:
             model=model,
             dataset=match["dataset"],
             top_k=int(sparsity.removeprefix("k=")) if top_k is None else top_k,
-            per_device_batch_size=int(batch),
+            per_device_batch_size=1 if batch == MAX else int(batch),
             seq_len_tokens=int(match["seq"]) if match["seq"] else None,
+            find_max=batch == MAX,
         )
-        for batch in match["batches"].split(",")
+        for batch in batches
     ]
 
 
@@ -211,3 +236,5 @@ TINY_PROTOCOL = Protocol(max_timed_steps=20)
 # A breakdown needs no interval as narrow as a rate's: its phases differ by tens of percent.
 LATENCY_PROTOCOL = Protocol(max_timed_steps=200, max_timed_s=60.0, num_profiled_steps=2)
 TINY_LATENCY_PROTOCOL = replace(LATENCY_PROTOCOL, max_timed_steps=20)
+# Unprofiled steps only show here what profiling costs.
+NCU_PROTOCOL = replace(LATENCY_PROTOCOL, min_timed_steps=3, max_timed_steps=3, num_profiled_steps=1)

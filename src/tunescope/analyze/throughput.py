@@ -37,7 +37,8 @@ COLUMNS = (
     "slowed_frac", "slowed_by", "num_other_processes", "queries_per_s_all_layers", "queries_per_s_all_layers_low",
     "queries_per_s_all_layers_high", "paper_a40_queries_per_s", "ratio_to_paper", "clock", "compute_dtype", "attention",
     "driver", "power_limit_w", "torch", "git_revision", "recipe_hash", "setup_hash", "is_papers_model",
-    "is_shallow_end", "point_id", "folder",
+    "is_shallow_end", "max_batch_size", "first_oom_batch_size", "max_batch_longest_tokens", "max_batch_trials",
+    "paper_max_batch_size", "point_id", "folder",
 )  # fmt: skip
 
 
@@ -55,8 +56,25 @@ def throughput(folder: Path) -> pd.DataFrame:
 
 
 def _row(found: results.PointFolder) -> dict[str, Any]:
-    row = identity(found) | (_measured(found) if found.status == "ok" else {})
+    row = identity(found) | (_measured(found) if found.status == "ok" else {}) | _max_batch(found)
     return check_cells(row, (_QUERIES_AND_SECONDS,))
+
+
+def _max_batch(found: results.PointFolder) -> dict[str, Any]:
+    """Of a point whose batch size was searched for; max_batch_size is 0 where not one query fits, None if it failed.
+
+    first_oom_batch_size: None where the data ended first. max_batch_longest_tokens: slots of a query in the batch that
+    had to fit; None: of the longest in the file. max_batch_trials: sizes in the order they were tried, as `4 oom`.
+    """
+    if "max_batch" not in found.outcome:
+        return {}
+    content = found.outcome["max_batch"]
+    return {
+        "max_batch_size": content["batch_size"] if found.status != "failed" else None,
+        "first_oom_batch_size": content["first_oom_batch_size"],
+        "max_batch_longest_tokens": content["longest_tokens"],
+        "max_batch_trials": ", ".join(f"{trial['batch_size']} {trial['status']}" for trial in content["trials"]),
+    }
 
 
 def _measured(found: results.PointFolder) -> dict[str, Any]:
@@ -178,7 +196,25 @@ def _with_paper(table: pd.DataFrame) -> pd.DataFrame:
     ours = table["queries_per_s"].where(table["preset"] == "full", table["queries_per_s_all_layers"])
     ours = pd.to_numeric(ours).where(table["is_papers_model"].eq(True) & ~counted_in_words(table))
     table["ratio_to_paper"] = ours / table["paper_a40_queries_per_s"]
+    limits = [
+        papers_max_batch_sizes(row.model, row.dataset, int(row.top_k)).get("Table III")
+        if row.status != UNREADABLE and not pd.isna(row.max_batch_size) and pd.isna(row.seq_len_tokens)
+        else None
+        for row in table.itertuples()
+    ]
+    table["paper_max_batch_size"] = pd.Series(limits, index=table.index, dtype=float)
     return table
+
+
+def papers_max_batch_sizes(model: str, dataset: str, top_k: int) -> dict[str, int]:
+    """Where the paper says it -> its A40's largest batch: `Table III` and `Fig. 14`, which differ in three cases."""
+    return {
+        row["figure"]: int(row["max_batch_size"])
+        for row in paper.rows("max_batch")
+        if (row["model"], row["dataset"], row["gpu"]) == (model, dataset, "a40")
+        and int(row["top_k"]) == top_k
+        and row["figure"] in ("Table III", "Fig. 14")
+    }
 
 
 def counted_in_words(table: pd.DataFrame) -> pd.Series:

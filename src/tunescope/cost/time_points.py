@@ -167,22 +167,22 @@ def _paper_point(
 
 @cache
 def study_lengths(model: str, dataset: str) -> Lengths:
-    """The queries of `cs` or `math` as long as the study's runs of a model saw them, cut at its 1024 tokens.
+    """The queries of `cs` or `math` as long as the study's runs of a model saw them, not cut.
 
     The paper's histogram (Figure 2), its lengths times TOKENS_OVER_HISTOGRAM. Raises UserError for another data set;
     of a model that the study does not have, the histogram as it is.
     """
     histogram = paper_lengths(dataset)
-    factor = TOKENS_OVER_HISTOGRAM.get((model, dataset), 1.0)
-    lengths = Lengths.of_queries(
-        np.rint(histogram.per_query() * factor).astype(np.int64), f"{histogram.source}, times {factor:g}"
-    )
-    return lengths.cut(CUTOFF_LEN_TOKENS)
+    factor = TOKENS_OVER_HISTOGRAM.get((model, dataset))
+    if factor is None:
+        return histogram
+    tokens = np.rint(histogram.per_query() * factor).astype(np.int64)
+    return Lengths.of_queries(tokens, f"{histogram.source}, times {factor:g} for {model}'s tokenizer")
 
 
 @cache
 def _paper_padding(model: str, dataset: str, batch_size: int) -> BatchLengths:
-    return batch_lengths(study_lengths(model, dataset), batch_size)
+    return batch_lengths(study_lengths(model, dataset).cut(CUTOFF_LEN_TOKENS), batch_size)
 
 
 def read_points(folder: Path) -> tuple[TimedPoint, ...]:

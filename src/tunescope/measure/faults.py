@@ -1,7 +1,7 @@
-"""Faults on purpose, for the tests: TUNESCOPE_FAULT=STAGE:ACTION[:POINT_ID_PREFIX].
+"""Faults on purpose, for the tests: TUNESCOPE_FAULT=STAGE:ACTION[:POINT_ID_PREFIX[:BATCH_SIZES]][;...].
 
 Stages: start, step (the fourth), writing (a point's process); publish, table (the launcher). Actions: oom, disk-full,
-error, kill, hang. Without the variable nothing here does anything.
+error, kill, hang. Batch sizes: 6+ or 5,7. Without the variable nothing here does anything.
 """
 
 import errno
@@ -15,12 +15,21 @@ VARIABLE = "TUNESCOPE_FAULT"
 FAULT_STEP = 4
 
 
-def fault(stage: str, point_id: str = "") -> None:
+def fault(stage: str, point_id: str = "", batch_size: int = 0) -> None:
     """Raises, kills this process or hangs if the variable asks for it at this stage of this point."""
-    wanted_stage, _, rest = os.environ.get(VARIABLE, "").partition(":")
-    action, _, prefix = rest.partition(":")
-    if wanted_stage != stage or not point_id.startswith(prefix):
-        return
+    for wanted in os.environ.get(VARIABLE, "").split(";"):
+        wanted_stage, action, prefix, sizes = [*wanted.split(":"), "", "", ""][:4]
+        if wanted_stage == stage and point_id.startswith(prefix) and _is_among(batch_size, sizes):
+            _act(action, stage)
+
+
+def _is_among(batch_size: int, sizes: str) -> bool:
+    if sizes.endswith("+"):
+        return batch_size >= int(sizes[:-1])
+    return not sizes or str(batch_size) in sizes.split(",")
+
+
+def _act(action: str, stage: str) -> None:
     if action == "oom":
         import torch
 
@@ -36,13 +45,13 @@ def fault(stage: str, point_id: str = "") -> None:
         time.sleep(3600)
 
 
-def fault_callback(point_id: str) -> Any:
+def fault_callback(point_id: str, batch_size: int = 0) -> Any:
     """A Trainer callback for the stage `step`."""
     from transformers import TrainerCallback
 
     class FaultCallback(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == FAULT_STEP:
-                fault("step", point_id)
+                fault("step", point_id, batch_size)
 
     return FaultCallback()

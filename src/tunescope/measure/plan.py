@@ -16,6 +16,8 @@ from tunescope.hardware import GIB
 from tunescope.measure import inputs
 from tunescope.measure.environment import cpu_name, git_revision, package_versions, speed_settings
 from tunescope.measure.inputs import Data
+from tunescope.measure.max_batch import TRIAL_QUERIES, TRIAL_STEPS, BatchSearch, make_search
+from tunescope.ncu.settings import Settings as NcuSettings
 from tunescope.presets import Size
 from tunescope.results import SCHEMA_VERSION, digest
 from tunescope.train import recipe as recipes
@@ -29,6 +31,8 @@ _PROTOCOLS = {  # (kind, is preset tiny)
     (config.THROUGHPUT, True): config.TINY_PROTOCOL,
     (config.LATENCY, False): config.LATENCY_PROTOCOL,
     (config.LATENCY, True): config.TINY_LATENCY_PROTOCOL,
+    (config.NCU, False): config.NCU_PROTOCOL,
+    (config.NCU, True): config.NCU_PROTOCOL,
 }
 
 
@@ -49,11 +53,16 @@ class Options:
     memory_budget_gib: float | None = None
     max_seconds: float | None = None
     seq_len: int | None = None
+    ncu: NcuSettings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PointSpec:
-    """All that the process of one point needs, and what its folder says of it."""
+    """All that the process of one point needs, and what its folder says of it.
+
+    search: of a point whose batch size is yet to be found, else None. is_trial: a batch size is tried, not measured.
+    ncu: how Nsight Compute looks at it, of a point of that kind.
+    """
 
     point_id: str
     kind: str
@@ -69,6 +78,9 @@ class PointSpec:
     # Of a breakdown: data set -> file of the queries whose routing is counted; other data sets get synthetic ones.
     probe_files: dict[str, Path]
     probes: dict[str, Any]
+    search: BatchSearch | None = None
+    is_trial: bool = False
+    ncu: NcuSettings | None = None
 
     def identity(self) -> dict[str, Any]:
         """Whatever changes this, changes what was measured: a result under another identity is not this point's."""
@@ -76,6 +88,7 @@ class PointSpec:
             "schema_version": SCHEMA_VERSION,
             "kind": self.kind,
             **self.workload.to_json(),
+            "point": self.workload.point.to_json(),
             "protocol": self.protocol.to_json(),
             "weights": self.weights,
             "data": self.data,
@@ -85,11 +98,44 @@ class PointSpec:
             "stack": self.stack,
             "speed_settings": self.speed_settings,
         }
+        if self.ncu is not None:
+            identity["ncu"] = self.ncu.to_json()
         return identity | ({"probes": self.probes} if self.kind == config.LATENCY else {})
+
+    def search_hash(self) -> str | None:
+        """Identity of a search, whatever batch size it is at; None of a point that searches nothing."""
+        if self.search is None:
+            return None
+        return digest(self.at_batch_size(1).identity() | {"search": self.search.to_json()})
 
     def point_json(self) -> dict[str, Any]:
         identity = self.identity()
-        return {"point_id": self.point_id, "recipe_hash": digest(identity), **identity}
+        names = {"point_id": self.point_id, "recipe_hash": digest(identity)}
+        return names | ({"search_hash": self.search_hash()} if self.search else {}) | identity
+
+    def at_batch_size(self, batch_size: int, *, is_trial: bool = False) -> "PointSpec":
+        """The same point at one batch size of its search: as it is measured, or a trial of a few steps."""
+        search = self.search
+        assert search is not None
+        point = replace(self.workload.point, per_device_batch_size=batch_size)
+        if is_trial:
+            # Of a file all queries: any of them may be the longest.
+            usual = TRIAL_QUERIES if search.data.num_queries is None else search.data.num_queries
+            protocol = replace(
+                self.protocol,
+                num_queries=None,
+                num_warmup_steps=1,
+                min_timed_steps=TRIAL_STEPS - 1,
+                max_timed_steps=TRIAL_STEPS - 1,
+                longest_batch_first=False,
+            )
+            num_samples = inputs.num_training_queries(point, search.data, None, usual)
+            max_steps: int | None = TRIAL_STEPS
+        else:
+            protocol, max_steps = self.protocol, self.workload.max_steps
+            num_samples = inputs.num_training_queries(point, search.data, search.asked_queries, search.usual_queries)
+        workload = replace(self.workload, point=point, num_samples=num_samples, max_steps=max_steps)
+        return replace(self, workload=workload, protocol=protocol, is_trial=is_trial)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +326,15 @@ def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
         use_cpu=gpu is None,
     )
     budget_bytes = None if options.memory_budget_gib is None else round(options.memory_budget_gib * GIB)
+    search = None
+    if point.find_max:
+        if gpu is None and budget_bytes is None:
+            raise UserError(
+                "bs=max needs a GPU, and none was found",
+                cause="on a CPU no batch is too large until the system's memory is gone",
+                cure="name batch sizes, or say with --memory-budget-gib how much memory one process may take",
+            )
+        search = make_search(point, data, options.queries, usual, int(recipe.get("cutoff_len", 2048)))
     return PointSpec(
         point_id=point.point_id(device_slug(gpu)),
         kind=options.kind,
@@ -288,12 +343,15 @@ def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
         weights=common.weights,
         data=data.facts,
         device=common.device,
-        memory_budget_bytes=budget_bytes if gpu else None,
+        # On a CPU nothing but a search asks for it.
+        memory_budget_bytes=budget_bytes if gpu or search else None,
         stack=common.stack,
         speed_settings=common.speed_settings,
         revision=common.revision,
         probe_files=common.probe_files,
         probes=common.probes,
+        search=search,
+        ncu=(options.ncu or NcuSettings()) if options.kind == config.NCU else None,
     )
 
 

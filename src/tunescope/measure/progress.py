@@ -22,6 +22,7 @@ class SweepProgress:
         self._console = Console(stderr=True, highlight=False)
         self._num_points = num_points
         self._num_done = 0
+        self._noted: set[str] = set()
         self._started_s = time.monotonic()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -52,10 +53,18 @@ class SweepProgress:
     def note(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
 
+    def note_once(self, text: str) -> None:
+        if text not in self._noted:
+            self._noted.add(text)
+            self.note(text)
+
     def start_point(self, label: str) -> None:
         self._label = label
         self._point_started_s = time.monotonic()
         self._update(0.0, "starting")
+
+    def stage(self, name: str) -> None:
+        self._update(0.5, name)
 
     def step(self, done: int, expected: int) -> None:
         self._update(min(done / max(expected, 1), 0.99), f"step {done}")

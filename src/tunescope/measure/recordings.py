@@ -7,14 +7,16 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tunescope import expert_tokens, latency_files, results
-from tunescope.config import LATENCY
+from tunescope.config import LATENCY, NCU
 from tunescope.errors import UserError
 from tunescope.measure.breakdown import Breakdown
 from tunescope.measure.energy import EnergyMeter
 from tunescope.measure.experts import ExpertProbe
 from tunescope.measure.memory import OutOfMemorySnapshot
+from tunescope.measure.op_work import OpWorkStep
 from tunescope.measure.plan import PointSpec
 from tunescope.measure.steps import Progress, StepRecorder
+from tunescope.ncu.counters import OP_WORK_FILE, OP_WORK_SCHEMA
 
 
 class ThroughputRecording:
@@ -85,6 +87,24 @@ class LatencyRecording(ThroughputRecording):
         }
 
 
+class KernelRecording(ThroughputRecording):
+    """Where the time of a few steps goes, launch by launch, and what each operator had to do in one of them."""
+
+    def __init__(self, spec: PointSpec, on_progress: Progress, energy: EnergyMeter) -> None:
+        super().__init__(spec, on_progress, energy)
+        self._breakdown = Breakdown(self.steps, None)
+        self._work = OpWorkStep()
+
+    def callbacks(self, others: Iterable[TrainerCallback]) -> list[TrainerCallback]:
+        return [*others, self._work, self.steps, self._breakdown]
+
+    def write(self, work_dir: Path) -> None:
+        super().write(work_dir)
+        assert self._breakdown.is_done
+        self._breakdown.write(work_dir)
+        results.write_arrow(work_dir / OP_WORK_FILE, self._work.rows(), OP_WORK_SCHEMA)
+
+
 def make_recording(
     spec: PointSpec, on_progress: Progress, energy: EnergyMeter, work_dir: Path, model_dir: Path
 ) -> ThroughputRecording:
@@ -95,4 +115,6 @@ def make_recording(
         return LatencyRecording(
             spec, on_progress, energy, work_dir, lambda: probe_queries(spec.workload, model_dir, spec.probe_files)
         )
+    if spec.kind == NCU:
+        return KernelRecording(spec, on_progress, energy)
     return ThroughputRecording(spec, on_progress, energy)

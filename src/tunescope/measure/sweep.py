@@ -11,7 +11,7 @@ from tunescope import results
 from tunescope.errors import UserError
 from tunescope.gpus import Gpu, show_only
 from tunescope.locking import locked
-from tunescope.measure import worker
+from tunescope.measure import max_batch, ncu, worker
 from tunescope.measure.environment import cpu_name, package_versions
 from tunescope.measure.faults import fault
 from tunescope.measure.gpu_sampler import GpuSampler
@@ -22,6 +22,9 @@ from tunescope.train.forkserver import ForkServer, ProcessEnd
 PRELOAD = ("tunescope.measure.preload",)
 # Measured once, these stand until the point's settings change; a failed point is tried again.
 _FINAL_STATUSES = ("ok", "oom")
+# (point whose batch size is to be found, GPU) -> where to begin, or None. On a CPU nobody is asked: what is known of
+# memory is a GPU's.
+Guess = Callable[[PointSpec, Gpu], int | None]
 
 
 def is_done(spec: PointSpec, out_dir: Path) -> bool:
@@ -33,12 +36,17 @@ def is_done(spec: PointSpec, out_dir: Path) -> bool:
         found = results.read_point(folder)
     except results.PointFormatError:
         return False
-    return found.status in _FINAL_STATUSES and found.point.get("recipe_hash") == spec.point_json()["recipe_hash"]
+    if found.status not in _FINAL_STATUSES:
+        return False
+    if spec.search is not None:
+        return found.point.get("search_hash") == spec.search_hash()
+    return found.point.get("recipe_hash") == spec.point_json()["recipe_hash"]
 
 
-def run_sweep(plan: Plan, out_dir: Path, *, fresh: bool) -> dict[str, int]:
+def run_sweep(plan: Plan, out_dir: Path, *, fresh: bool, guess: Guess | None = None) -> dict[str, int]:
     """Measures every point that is not done yet (all, if fresh). Returns how many ended in each status.
 
+    guess: of the largest batch, where a search for it begins; without one, or where it has none, that is 1.
     Raises UserError if the folder is taken or cannot be written, or a point's input is at fault. Whatever ends it,
     finished points stay and an unfinished one leaves nothing behind but a folder that the next run removes.
     """
@@ -57,7 +65,10 @@ def run_sweep(plan: Plan, out_dir: Path, *, fresh: bool) -> dict[str, int]:
             server = ForkServer(PRELOAD)
             for spec in todo:
                 progress.start_point(spec.workload.point.label)
-                status, text = _run_point(spec, plan.gpu, out_dir, server, progress)
+                if spec.search is None:
+                    status, text = _run_point(spec, plan.gpu, out_dir, server, progress)
+                else:
+                    status, text = _search(spec, plan.gpu, out_dir, server, progress, guess, fresh=fresh)
                 counts[status] = counts.get(status, 0) + 1
                 progress.end_point(text)
         fault("table")
@@ -68,20 +79,78 @@ def _run_point(
     spec: PointSpec, gpu: Gpu | None, out_dir: Path, server: ForkServer, progress: SweepProgress
 ) -> tuple[str, str]:
     """Runs and publishes one point. Returns its status and a line for people."""
-    with _writing_to(out_dir):
-        work_dir = results.start_unfinished(out_dir, spec.point_id)
+    work_dir = out_dir / (spec.point_id + results.UNFINISHED_SUFFIX)
     try:
-        with _writing_to(out_dir):
-            results.write_json(work_dir / results.POINT_FILE, spec.point_json())
-        outcome = _run_process(spec, gpu, work_dir, server, progress.step)
-        with _writing_to(out_dir):
-            shutil.rmtree(work_dir / worker.SCRATCH, ignore_errors=True)
-            fault("publish", spec.point_id)
-            results.publish(work_dir, out_dir / spec.point_id)
+        outcome = _run_unpublished(spec, gpu, out_dir, server, progress)
+        _publish(spec, work_dir, out_dir)
     except BaseException:  # Ctrl-C as well: nothing half-made stays
         shutil.rmtree(work_dir, ignore_errors=True)
         raise
     return outcome["status"], _line(outcome, out_dir / spec.point_id)
+
+
+def _search(
+    spec: PointSpec,
+    gpu: Gpu | None,
+    out_dir: Path,
+    server: ForkServer,
+    progress: SweepProgress,
+    guess: Guess | None,
+    *,
+    fresh: bool,
+) -> tuple[str, str]:
+    """Finds the largest batch of a point and publishes its measurement. Returns its status and a line for people."""
+    assert spec.search is not None
+    work_dir = out_dir / (spec.point_id + results.UNFINISHED_SUFFIX)
+
+    def run(batch_size: int, is_trial: bool) -> dict[str, Any]:
+        return _run_unpublished(spec.at_batch_size(batch_size, is_trial=is_trial), gpu, out_dir, server, progress)
+
+    def note(text: str) -> None:
+        progress.note(f"  {spec.workload.point.label}: {text}")
+
+    try:
+        with _writing_to(out_dir):
+            log = max_batch.TrialLog(out_dir, spec.point_id, str(spec.search_hash()), fresh=fresh)
+            if log.trials:
+                note(f"{len(log.trials)} sizes were tried before: the search goes on")
+            guessed = None if guess is None or gpu is None else guess(spec, gpu)
+            found = max_batch.find_max_batch(spec.search, log, guessed, run, note)
+            # Of a trial that ended the search, too, the folder is that of the point that was asked for.
+            results.write_json(work_dir / results.POINT_FILE, spec.at_batch_size(found.batch_size).point_json())
+            results.write_json(work_dir / results.OUTCOME_FILE, found.outcome)
+        _publish(spec, work_dir, out_dir)
+        if found.outcome["status"] != "failed":
+            log.remove()
+    except BaseException:
+        shutil.rmtree(work_dir, ignore_errors=True)
+        raise
+    line = _line(found.outcome, out_dir / spec.point_id)
+    return found.outcome["status"], f"batch {found.batch_size} {line}" if line == "ok" else line
+
+
+def _run_unpublished(
+    spec: PointSpec, gpu: Gpu | None, out_dir: Path, server: ForkServer, progress: SweepProgress
+) -> dict[str, Any]:
+    """Runs one process into a new unfinished folder, which is then whole. Returns the outcome."""
+    with _writing_to(out_dir):
+        work_dir = results.start_unfinished(out_dir, spec.point_id)
+        results.write_json(work_dir / results.POINT_FILE, spec.point_json())
+    outcome = _run_process(spec, gpu, work_dir, server, progress.step)
+    with _writing_to(out_dir):
+        if spec.ncu is not None and outcome["status"] == "ok":
+            progress.stage("under Nsight Compute")
+            outcome = ncu.with_counters(spec, gpu, work_dir, outcome)
+            if why_not := outcome.get("ncu_why_not"):
+                progress.note_once(f"No counters, so what they would say is modelled: {why_not}")
+        shutil.rmtree(work_dir / worker.SCRATCH, ignore_errors=True)
+    return outcome
+
+
+def _publish(spec: PointSpec, work_dir: Path, out_dir: Path) -> None:
+    with _writing_to(out_dir):
+        fault("publish", spec.point_id)
+        results.publish(work_dir, out_dir / spec.point_id)
 
 
 def _run_process(

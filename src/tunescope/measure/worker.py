@@ -12,6 +12,7 @@ from tunescope import results
 from tunescope.errors import UserError
 from tunescope.families.family import TRITON
 from tunescope.measure.faults import fault, fault_callback
+from tunescope.measure.max_batch import host_budget_callback, longest_batch_callback
 from tunescope.measure.plan import PointSpec
 
 SCRATCH = "scratch"
@@ -41,14 +42,14 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
     from tunescope.measure.energy import EnergyMeter
     from tunescope.measure.environment import environment
     from tunescope.measure.recordings import make_recording
-    from tunescope.measure.start import MeetLongestBatch, MemoryBudget, RunFacts, is_out_of_memory, limit_memory
+    from tunescope.measure.start import MeetLongestBatch, MemoryBudget, RunFacts, limit_memory
     from tunescope.measure.steps import peak_memory
     from tunescope.train.engine import MODEL_FOLDER, run_workload
 
     use_gpu = not spec.workload.use_cpu
     limit_threads(spec)
     results.write_json(work_dir / results.ENVIRONMENT_FILE, environment(use_gpu=use_gpu, revision=spec.revision))
-    if spec.memory_budget_bytes is not None and spec.weights["kind"] == "random":
+    if use_gpu and spec.memory_budget_bytes is not None and spec.weights["kind"] == "random":
         # A checkpoint's loading may take more for a moment than its training: there the limit waits for its end.
         limit_memory(spec.memory_budget_bytes)
     energy = EnergyMeter(use_gpu=use_gpu)
@@ -60,21 +61,26 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
     facts: dict[str, Any] = {}
     status, cause = "ok", None
     try:
-        fault("start", spec.point_id)
-        first = [longest] if spec.protocol.longest_batch_first else []
+        batch_size = spec.workload.point.per_device_batch_size
+        fault("start", spec.point_id, batch_size)
+        first: list[Any] = [longest] if spec.protocol.longest_batch_first else []
+        if spec.memory_budget_bytes is not None and not use_gpu:
+            first.insert(0, host_budget_callback(spec.memory_budget_bytes))
+        if spec.is_trial and spec.search is not None:
+            first.append(longest_batch_callback(spec.search.longest_tokens))
         callbacks = [
             MemoryBudget(spec.memory_budget_bytes),
             run_facts,
             *recording.callbacks(first),
-            fault_callback(spec.point_id),
+            fault_callback(spec.point_id, batch_size),
         ]
         facts = run_workload(spec.workload, scratch_dir, callbacks)
-        fault("writing", spec.point_id)
+        fault("writing", spec.point_id, batch_size)
         recording.write(work_dir)
     except (UserError, OSError):
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if _is_out_of_memory(error, has_host_budget=not use_gpu and spec.memory_budget_bytes is not None):
             status, cause = "oom", _first_line(error)
         else:
             traceback.print_exc()  # to the point's log
@@ -97,6 +103,21 @@ def _measured(connection: Connection, spec: PointSpec, work_dir: Path) -> dict[s
         **run_facts.facts,
         **recording.facts(work_dir),
     }
+
+
+# How torch and oneDNN say on a CPU that memory ran out.
+_HOST_WORDS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "could not create a primitive",
+    "could not create a memory",
+)
+
+
+def _is_out_of_memory(error: Exception, *, has_host_budget: bool) -> bool:
+    """Also the host's, where the budget of a search ends it: else these words may mean something else."""
+    from tunescope.measure.start import is_out_of_memory
+
+    return is_out_of_memory(error) or (has_host_budget and any(word in str(error) for word in _HOST_WORDS))
 
 
 def limit_threads(spec: PointSpec) -> None:

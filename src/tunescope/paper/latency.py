@@ -16,17 +16,17 @@ def points(model: str) -> list[tuple[int, int]]:
 
 def phase_s(model: str, top_k: int, batch_size: int, seq_len_tokens: int | None) -> dict[str, float]:
     """Phase (forward, backward, optimizer) -> seconds of Figure 4; empty where the paper has no such bar."""
-    return _values("phase_latency", "phase", "latency_s", model, top_k, batch_size, seq_len_tokens)
+    return bar_values("phase_latency", "phase", "latency_s", model, top_k, batch_size, seq_len_tokens)
 
 
 def layer_s(model: str, top_k: int, batch_size: int, seq_len_tokens: int | None) -> dict[str, float]:
     """Kind of layer -> seconds of Figure 5: forward and backward of all layers together."""
-    return _values("layer_latency", "layer", "latency_s", model, top_k, batch_size, seq_len_tokens)
+    return bar_values("layer_latency", "layer", "latency_s", model, top_k, batch_size, seq_len_tokens)
 
 
 def kernel_us(model: str, top_k: int, batch_size: int, seq_len_tokens: int | None) -> dict[str, float]:
     """Operator of the MoE layer -> microseconds of Figure 6: the mean of one launch, for one expert."""
-    return _values("kernel_latency", "kernel", "latency_us", model, top_k, batch_size, seq_len_tokens)
+    return bar_values("kernel_latency", "kernel", "latency_us", model, top_k, batch_size, seq_len_tokens)
 
 
 def moe_pct(model: str) -> float:
@@ -61,9 +61,10 @@ def ablation_s(model: str, top_k: int, batch_size: int, seq_len_tokens: int | No
     return None
 
 
-def _values(
+def bar_values(
     table: str, key: str, value: str, model: str, top_k: int, batch_size: int, seq_len_tokens: int | None
 ) -> dict[str, float]:
+    """Column `key` -> column `value` of the rows of one bar; empty where the paper has no such bar."""
     wanted = (model, top_k, batch_size, seq_len_tokens)
     return {
         row[key]: float(row[value])

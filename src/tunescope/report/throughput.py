@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from tunescope import paper, results
-from tunescope.analyze.throughput import UNREADABLE, counted_in_words, throughput
+from tunescope.analyze.throughput import UNREADABLE, counted_in_words, papers_max_batch_sizes, throughput
 from tunescope.report.text import check_format, number, records, text_table
 
 _HEADER = (
@@ -64,7 +64,7 @@ def _cells(row: dict[str, Any], preset: str) -> list[str]:
     cells = [
         f"{row['dataset']}{length}",
         row["sparsity"],
-        str(int(row["per_device_batch_size"])),
+        f"{row['per_device_batch_size']:g}" + (" max" if row["max_batch_size"] > 0 else ""),
         row["status"],
         number(row["queries_per_s"]),
         _interval(row["queries_per_s_low"], row["queries_per_s_high"]),
@@ -123,6 +123,7 @@ def _footer(table: pd.DataFrame, num_unfinished: int) -> list[str]:
         "batch size as in its sweeps."
     )
     lines += _relabelled(known)
+    lines += [_largest_batch(row) for row in records(known) if not pd.isna(row["max_batch_trials"])]
     if counted_in_words(ok).any():
         lines.append(
             "Without a checkpoint there is no tokenizer for a data file: its queries were cut at spaces, a word a "
@@ -163,6 +164,30 @@ def _relabelled(known: pd.DataFrame) -> list[str]:
                     f"{bar.figure_batch_size}, which step times support."
                 )
     return lines
+
+
+def _largest_batch(row: dict[str, Any]) -> str:
+    """Of a bar whose batch size was searched for: what fits, what does not, and how that was found."""
+    tried = f"tried: {row['max_batch_trials'] or 'none'}"
+    bar = f"{row['dataset']} {row['sparsity']}"
+    if pd.isna(row["max_batch_size"]):
+        return f"{bar}: the largest batch was not found ({tried})."
+    longest = "" if pd.isna(row["max_batch_longest_tokens"]) else f" of {row['max_batch_longest_tokens']:g} tokens"
+    what = f"padded to the longest query{longest}"
+    if row["max_batch_size"] == 0:
+        line = f"{bar}: not even one query{longest} fits ({tried})."
+    elif pd.isna(row["first_oom_batch_size"]):
+        line = f"{bar}: {row['max_batch_size']:g} queries fit, {what}; the data allow no more ({tried})."
+    else:
+        line = (
+            f"{bar}: the largest batch is {row['max_batch_size']:g}, {what}; {row['first_oom_batch_size']:g} ran out "
+            f"of memory ({tried})."
+        )
+    if pd.isna(row["paper_max_batch_size"]) or not row["is_papers_model"]:
+        return line
+    papers = papers_max_batch_sizes(row["model"], row["dataset"], int(row["top_k"]))
+    sweep = f", Figure 14: {papers['Fig. 14']}" if papers["Fig. 14"] != papers["Table III"] else ""
+    return f"{line} The paper's A40, Table III: {papers['Table III']}{sweep}."
 
 
 def _conditions(ok: pd.DataFrame) -> list[str]:

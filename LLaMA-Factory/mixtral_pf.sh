@@ -1,0 +1,1 @@
+../mixtral_pf.sh

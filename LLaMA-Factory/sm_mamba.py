@@ -1,0 +1,1 @@
+../sm_mamba.py

@@ -1,0 +1,104 @@
+"""Which batch fits a GPU of hardware.py, and what would make a run fit that does not. No torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunescope.cost import memory
+from tunescope.cost.estimate_inputs import QLORA
+from tunescope.cost.memory_shapes import BLACKMAMBA
+from tunescope.cost.padding import PAD_MULTIPLE
+from tunescope.errors import UserError
+from tunescope.hardware import DEVICES, GIB, Device
+
+# What CUDA has to give of a board, as torch reports it (GiB, +- 0.3): less than the sheet, by ECC where that is kept in
+# the same memory and by what the driver takes.
+TORCH_MEMORY_GIB = {
+    "NVIDIA A10G": 22.0,
+    "NVIDIA A40": 44.4,
+    "NVIDIA L4": 22.0,
+    "NVIDIA L40S": 44.4,
+    "NVIDIA A100-SXM4-40GB": 39.4,
+    "NVIDIA A100-PCIE-40GB": 39.4,
+    "NVIDIA A100-SXM4-80GB": 79.2,
+    "NVIDIA A100 80GB PCIe": 79.2,
+    "NVIDIA H100 PCIe": 79.1,
+    "NVIDIA H100 80GB HBM3": 79.2,
+    "NVIDIA H200": 139.7,
+    "NVIDIA B200": 178.3,
+    "NVIDIA GeForce RTX 3090": 23.6,
+    "NVIDIA GeForce RTX 4090": 23.6,
+    "NVIDIA GeForce RTX 5090": 31.3,
+}
+_USUAL_FRAC = 0.92  # of the sheet's GB as GiB, for a board that is not there: the least of those above
+
+
+def gpu_memory_bytes(device: Device) -> int:
+    return round(TORCH_MEMORY_GIB.get(device.name, _USUAL_FRAC * device.memory_gb) * GIB)
+
+
+def max_batch_size(
+    config: Mapping[str, Any], recipe: Mapping[str, Any], memory_bytes: int, longest_tokens: int, num_queries: int
+) -> int:
+    """The largest batch of the longest queries that fits, and that the data can fill; 0 if not even one does.
+
+    Raises UserError for a model or a recipe whose memory is not modelled.
+    """
+    return min(memory.max_batch_size(config, recipe, memory_bytes, longest_tokens), num_queries)
+
+
+def guess_max_batch(
+    config: Mapping[str, Any], recipe: Mapping[str, Any], memory_bytes: int, longest_tokens: int | None
+) -> int | None:
+    """Where a search on the GPU itself may begin; None where memory is not modelled, or nothing fits by the model.
+
+    longest_tokens: of the data; None: not known, taken as the recipe's cutoff.
+    """
+    length = longest_tokens or int(recipe.get("cutoff_len", 1024))
+    try:
+        return memory.max_batch_size(config, recipe, memory_bytes, length) or None
+    except UserError:
+        return None
+
+
+def needed_bytes(config: Mapping[str, Any], recipe: Mapping[str, Any], batch_size: int, longest_tokens: int) -> int:
+    """GPU memory, as torch reports it, that a batch of the longest queries needs with all that is left for CUDA."""
+    peak = memory.peak_bytes(config, recipe, batch_size, longest_tokens)
+    return round(peak * (1 + memory.FRAGMENTATION_FRAC) + memory.CONTEXT_BYTES)
+
+
+def why_not(
+    config: Mapping[str, Any], recipe: Mapping[str, Any], device: Device, batch_size: int, longest_tokens: int
+) -> str:
+    """Why a batch does not fit, and what would: another GPU, a shorter cutoff, a smaller batch."""
+    needed = needed_bytes(config, recipe, batch_size, longest_tokens)
+    have = gpu_memory_bytes(device)
+    ways = []
+    if batch_size > 1 and (fitting := memory.max_batch_size(config, recipe, have, longest_tokens)):
+        ways.append(f"a batch of {fitting}")
+    larger = [other for other in DEVICES if gpu_memory_bytes(other) >= needed]
+    if larger:
+        smallest = min(larger, key=lambda other: (other.memory_gb, other.dram_bytes_per_s))
+        ways.append(f"a GPU of {smallest.memory_gb:g} GB, as the {smallest.name}")
+    if batch_size == 1 and (length := _longest_that_fits(config, recipe, have, longest_tokens)):
+        ways.append(f"a cutoff of {length} tokens")
+    if not recipe.get("quantization_bit") and config.get("model_type") != BLACKMAMBA:
+        qlora = QLORA | {"lora_rank": recipe.get("lora_rank", QLORA["lora_rank"])}
+        if needed_bytes(config, qlora, batch_size, longest_tokens) <= have:
+            ways.append("NF4 QLoRA in place of this recipe (finetuning_type: lora, quantization_bit: 4)")
+    cure = " or ".join(ways) if ways else "no single GPU of the table: it needs several, which is not modelled"
+    return (
+        f"batch {batch_size} of {longest_tokens} tokens needs {needed / GIB:.1f} GiB and {device.name} has "
+        f"{have / GIB:.1f}; what would fit: {cure}"
+    )
+
+
+def _longest_that_fits(
+    config: Mapping[str, Any], recipe: Mapping[str, Any], memory_bytes: int, longest_tokens: int
+) -> int:
+    """The longest query, a multiple of 8 and shorter than longest_tokens, that fits at batch 1; 0 if none."""
+    low, high = 0, longest_tokens // PAD_MULTIPLE + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = needed_bytes(config, recipe, 1, middle * PAD_MULTIPLE) <= memory_bytes
+        low, high = (middle, high) if fits else (low, middle)
+    return low * PAD_MULTIPLE

@@ -1,0 +1,269 @@
+"""Hours, USD and energy of a fine-tuning run on each GPU, with a 90 % interval. No torch.
+
+Tokens and padding from the data, the batch from memory, seconds of a step from the model of step times, and from these
+what the run takes. docs/estimating.md says how far each part is to be trusted.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from tunescope.cost import memory
+from tunescope.cost.energy import Power, PowerPoint, power_of
+from tunescope.cost.estimate_inputs import Run
+from tunescope.cost.estimate_memory import gpu_memory_bytes, max_batch_size, needed_bytes, why_not
+from tunescope.cost.lengths import Lengths
+from tunescope.cost.padding import BatchLengths, EpochPadding, pad_epoch
+from tunescope.cost.prices import Offer, Price, find_price
+from tunescope.errors import UserError
+from tunescope.hardware import DEVICES, Device, find_device
+
+MAX = "max"
+ALL = "all"
+# A smaller batch is named as the faster one if it saves at least this part of the hours.
+_WORTH_NAMING_FRAC = 0.03
+
+
+class StepTimeLike(Protocol):
+    """time_model.StepTime."""
+
+    @property
+    def median_s(self) -> float: ...
+    @property
+    def low_s(self) -> float: ...
+    @property
+    def high_s(self) -> float: ...
+    @property
+    def is_extrapolated(self) -> bool: ...
+    @property
+    def basis(self) -> str: ...
+    @property
+    def terms(self) -> tuple[tuple[str, float], ...]: ...
+
+
+class StepTimes(Protocol):
+    """time_model.TimeModel, as far as it is asked here."""
+
+    def step_time(
+        self,
+        config: Mapping[str, Any],
+        recipe: Mapping[str, Any],
+        device: Device,
+        *,
+        batch_size: int,
+        slots: float,
+        key_slots: float | None = None,
+        moe_path: str = "stock",
+        is_other_host: bool = False,
+    ) -> StepTimeLike: ...
+
+
+@dataclass(frozen=True)
+class Hours:
+    """Of a whole run, with a 90 % interval: a step's error is that of all steps, so it does not average out."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Estimate:
+    """One GPU's answer. What is None is not known: why_not says why nothing fits, no_price why there is no price.
+
+    batch_size: None where none fits. num_steps: of the whole run. price: with its date and source. power: mean of the
+    run, or its bound. step: of a usual batch. faster_batch_size: one that takes less time than the largest, with its
+    hours; None where there is none worth naming.
+    """
+
+    run: Run
+    device: Device
+    max_batch_size: int
+    batch_size: int | None = None
+    why_not: str | None = None
+    peak: memory.Peak | None = None
+    needed_bytes: int | None = None
+    padding: EpochPadding | None = None
+    num_steps: float | None = None
+    step: StepTimeLike | None = None
+    hours: Hours | None = None
+    price: Price | None = None
+    no_price: str | None = None
+    power: Power | None = None
+    faster_batch_size: int | None = None
+    faster_hours: float | None = None
+
+    @cached_property
+    def num_queries(self) -> float:
+        """Of all epochs."""
+        return self.run.lengths.num_queries * self.run.epochs
+
+    @property
+    def queries_per_s(self) -> Hours | None:
+        """With its interval; not hours, but of the same form."""
+        if self.hours is None:
+            return None
+        rate = self.num_queries / 3600
+        return Hours(rate / self.hours.median, rate / self.hours.high, rate / self.hours.low)
+
+    @property
+    def usd(self) -> Hours | None:
+        if self.hours is None or self.price is None:
+            return None
+        price = self.price.usd_per_hour
+        return Hours(self.hours.median * price, self.hours.low * price, self.hours.high * price)
+
+    @property
+    def offer(self) -> Offer | None:
+        return None if self.hours is None or self.price is None else Offer(self.price, self.hours.median)
+
+    @property
+    def energy_j_per_query(self) -> float | None:
+        """Of the GPU alone; with a bound of the power, a bound."""
+        if self.hours is None or self.power is None:
+            return None
+        return self.power.energy_j(self.hours.median * 3600) / self.num_queries
+
+    @property
+    def energy_kwh(self) -> float | None:
+        joules = self.energy_j_per_query
+        return None if joules is None else joules * self.num_queries / 3.6e6
+
+
+def find_gpus(names: Sequence[str]) -> tuple[Device, ...]:
+    """Of hardware.py, in its order for ALL. Raises UserError for an unknown or ambiguous name, and for none."""
+    wanted = [part.strip() for name in names for part in name.split(",") if part.strip()]
+    if not wanted:
+        raise UserError("--gpu names no GPU", cure="name some, as a40,h100, or all")
+    if ALL in wanted:
+        return DEVICES
+    return tuple(dict.fromkeys(_gpu(name) for name in wanted))
+
+
+def _gpu(name: str) -> Device:
+    """`a100-40` and `a100-80` are understood without their GB."""
+    return find_device(name + "gb" if name.lower() in ("a100-40", "a100-80", "h100-80") else name)
+
+
+def estimate_runs(
+    run: Run,
+    devices: Sequence[Device],
+    step_times: StepTimes,
+    *,
+    batch: int | None = None,
+    prices: Sequence[Price] = (),
+    power_points: Sequence[PowerPoint] = (),
+    own_devices: Sequence[str] = (),
+) -> tuple[Estimate, ...]:
+    """One for each GPU, in the order given.
+
+    batch: None for the largest that fits each. prices: the user's, before the table's. own_devices: names of GPUs whose
+    host step_times was calibrated on; others are taken to be in a host that was not measured.
+    Raises UserError for what is not modelled, and for a batch that the data cannot fill.
+    """
+    if batch is not None and not 1 <= batch <= run.lengths.num_queries:
+        raise UserError(
+            f"a batch of {batch} queries cannot be made of {run.lengths.num_queries}",
+            cure=f"use --batch from 1 to {run.lengths.num_queries}, or max",
+        )
+    made = _Estimator(run, step_times, power_points, frozenset(own_devices))
+    return tuple(made.estimate(device, batch, prices) for device in devices)
+
+
+class _Estimator:
+    """Keeps what several GPUs and batch sizes share: padding by batch size."""
+
+    def __init__(
+        self, run: Run, step_times: StepTimes, power_points: Sequence[PowerPoint], own_devices: frozenset[str]
+    ) -> None:
+        self._run, self._step_times = run, step_times
+        self._power_points, self._own_devices = power_points, own_devices
+        self._paddings: dict[tuple[int, int], EpochPadding] = {}
+        self._accumulation = int(run.recipe.get("gradient_accumulation_steps") or 1)
+
+    def estimate(self, device: Device, batch: int | None, prices: Sequence[Price]) -> Estimate:
+        run = self._run
+        config, recipe, longest = run.model.config, run.recipe, run.longest_tokens
+        largest = max_batch_size(config, recipe, gpu_memory_bytes(device), longest, run.lengths.num_queries)
+        if largest < (batch or 1):
+            return Estimate(
+                run=run,
+                device=device,
+                max_batch_size=largest,
+                why_not=why_not(config, recipe, device, batch or 1, longest),
+            )
+        size = largest if batch is None else batch
+        step = self._step(device, self._padding(run.lengths, size).usual)
+        hours = self._hours(device, size)
+        price, no_price = _price(device, prices)
+        faster = None
+        if batch is None:
+            sizes = [2**power for power in range(largest.bit_length()) if 2**power < largest]
+            by_hours = {size: self._median_hours(device, run.lengths, size) for size in sizes}
+            faster = min(by_hours, key=by_hours.__getitem__, default=None)
+            if faster is not None and by_hours[faster] > (1 - _WORTH_NAMING_FRAC) * hours.median:
+                faster = None
+        padding = self._padding(run.lengths, size)
+        return Estimate(
+            run=run,
+            device=device,
+            max_batch_size=largest,
+            batch_size=size,
+            peak=memory.peak(config, recipe, size, longest),
+            needed_bytes=needed_bytes(config, recipe, size, longest),
+            padding=padding,
+            num_steps=padding.num_steps * run.epochs / self._accumulation,
+            step=step,
+            hours=hours,
+            price=price,
+            no_price=no_price,
+            power=power_of(device, config, size, self._power_points),
+            faster_batch_size=faster,
+            faster_hours=None if faster is None else by_hours[faster],
+        )
+
+    def _padding(self, lengths: Lengths, size: int) -> EpochPadding:
+        key = (id(lengths), size)
+        if key not in self._paddings:
+            self._paddings[key] = pad_epoch(lengths, size)
+        return self._paddings[key]
+
+    def _step(self, device: Device, batch: BatchLengths) -> StepTimeLike:
+        size = batch.batch_size
+        return self._step_times.step_time(
+            self._run.model.config,
+            self._run.recipe,
+            device,
+            batch_size=size,
+            slots=size * batch.mean_tokens,
+            key_slots=size * batch.mean_of(lambda tokens: tokens * tokens / 2.0),
+            moe_path=self._run.model.moe_path,
+            is_other_host=device.name not in self._own_devices,
+        )
+
+    def _median_hours(self, device: Device, lengths: Lengths, size: int) -> float:
+        """Of all epochs: the usual batches and the smaller one at the end of each."""
+        padding = self._padding(lengths, size)
+        num_usual = padding.num_steps - (padding.last is not None)
+        seconds = num_usual * self._step(device, padding.usual).median_s
+        if padding.last is not None:
+            seconds += self._step(device, padding.last).median_s
+        return seconds * self._run.epochs / self._accumulation / 3600
+
+    def _hours(self, device: Device, size: int) -> Hours:
+        lengths = self._run.lengths
+        step = self._step(device, self._padding(lengths, size).usual)
+        median = self._median_hours(device, lengths, size)
+        # Where tokens are estimated, the whole range of what was assumed about them is added to the interval.
+        low, high = (self._median_hours(device, each, size) for each in lengths.bounds or (lengths, lengths))
+        return Hours(
+            median, min(low, median) * step.low_s / step.median_s, max(high, median) * step.high_s / step.median_s
+        )
+
+
+def _price(device: Device, prices: Sequence[Price]) -> tuple[Price | None, str | None]:
+    try:
+        return find_price(device.name, prices), None
+    except UserError as error:
+        return None, f"{error.what}: {error.cure}"
