@@ -1,5 +1,6 @@
 """The memory model: what was measured on an H200, the paper's largest batches, laws, and what is refused."""
 
+import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,25 @@ def test_peaks_measured_on_an_h200(folder: Path) -> None:
     )
     within = 4e-3 if point["model"] == "blackmamba" else 1e-3
     assert predicted == pytest.approx(found.outcome["peak_allocated_bytes"], rel=within)
+
+
+def benchmarked() -> list[dict[str, str]]:
+    with (REPO / "bench" / "peak_memory.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("row", benchmarked(), ids=lambda row: "-".join(list(row.values())[:6]))
+def test_peaks_of_other_lengths_and_without_checkpointing(row: dict[str, str]) -> None:
+    config, recipe = {"mixtral": (MIXTRAL_8X7B, QLORA), "blackmamba": (STUDY, MAMBA_FULL)}[row["model"]]
+    predicted = peak(
+        config | {"num_experts_per_tok": {"sparse": 2, "dense": 8}[row["sparsity"]]},
+        recipe | {"disable_gradient_checkpointing": row["checkpointing"] == "off"},
+        int(row["batch"]),
+        int(row["length_tokens"]),
+        is_masked=False,
+    )
+    assert (predicted.moment, predicted.num_bytes) == (row["moment"], int(row["predicted_bytes"]))
+    assert predicted.num_bytes == pytest.approx(int(row["measured_bytes"]), rel=3e-3)
 
 
 def measured_memory() -> list[tuple[str, int, list[float]]]:
