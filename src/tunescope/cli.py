@@ -272,6 +272,33 @@ def table_kernels(
         raise typer.Exit(UserError.EXIT_CODE)
 
 
+@table_app.command("roofline")
+def table_roofline(
+    folder: Folder,
+    format: Format = "text",
+    phase: Phase = "all",
+    plot: Annotated[Path | None, typer.Option(help="draw it into this file too: .png, .svg or .pdf")] = None,
+) -> None:
+    """Operators of the MoE layer against the GPU's ceilings: bound by compute, memory or latency."""
+    from tunescope.report.roofline import print_roofline
+
+    if not print_roofline(folder, format, phase, plot):
+        raise typer.Exit(UserError.EXIT_CODE)
+
+
+@table_app.command("ncu")
+def table_ncu(
+    report: Annotated[Path, typer.Argument(metavar="REPORT", help="a .ncu-rep file, of whatever program")],
+    by: Annotated[str | None, typer.Option(help="range or kernel; range if the report has NVTX ranges")] = None,
+    format: Format = "text",
+    limit: Annotated[int | None, typer.Option(help="rows; 40 in text, all in csv and json if not given")] = None,
+) -> None:
+    """Launches of any Nsight Compute report, by NVTX range or kernel."""
+    from tunescope.report.ncu_file import print_ncu_file
+
+    print_ncu_file(report, format, by, limit)
+
+
 @table_app.command("paper-model")
 def table_paper_model(format: Format = "text") -> None:
     """Figures 13 to 15, Tables III and IV: what the paper's own model gives, beside what the paper prints."""
