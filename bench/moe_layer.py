@@ -9,7 +9,6 @@ launches: kernels of one forward and backward. Memory is what PyTorch allocated 
 """
 
 import argparse
-import csv
 import datetime
 import statistics
 import sys
@@ -23,6 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
+
+from csv_rows import append  # noqa: E402
 
 from tunescope.families.blackmamba import BLACKMAMBA_2_8B, BLACKMAMBA_TINY  # noqa: E402
 from tunescope.families.family import GROUPED, LOOP  # noqa: E402
@@ -141,12 +142,7 @@ def main() -> None:
                     }
                 )
                 print({key: rows[-1][key] for key in COLUMNS[:4] + COLUMNS[8:14]}, flush=True)
-    is_new = not options.out.exists()
-    with options.out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(options.out, COLUMNS, *rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Beside the ratio, whose noise is the machine's, stands a figure without it: the 
 """
 
 import argparse
-import csv
 import datetime
 import json
 import statistics
@@ -24,6 +23,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
+
+from csv_rows import append  # noqa: E402
 
 from tunescope import results  # noqa: E402
 from tunescope.gpus import show_only  # noqa: E402
@@ -162,12 +163,7 @@ def main() -> None:
         "commit": git_revision(),
         "date": datetime.date.today().isoformat(),
     }
-    is_new = not options.out.exists()
-    with options.out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append(options.out, COLUMNS, row)
     print(json.dumps(row, indent=1))
 
 

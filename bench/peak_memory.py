@@ -9,7 +9,6 @@ the recipe says, or its opposite.
 """
 
 import argparse
-import csv
 import datetime
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
+
+from csv_rows import append  # noqa: E402
 
 from tunescope.cost.memory import peak  # noqa: E402
 from tunescope.gpus import list_gpus, show_only  # noqa: E402
@@ -142,12 +143,7 @@ def main() -> None:
             "commit": git_revision(),
             "date": datetime.date.today().isoformat(),
         }
-        is_new = not options.out.exists()
-        with options.out.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+        append(options.out, COLUMNS, row)
         print({key: row[key] for key in COLUMNS[:10]}, flush=True)
 
 

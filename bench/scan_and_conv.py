@@ -23,7 +23,6 @@ channels are half as many, the model's width.
 """
 
 import argparse
-import csv
 import datetime
 import itertools
 import math
@@ -42,6 +41,8 @@ from torch._functorch import config as functorch_config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
+
+from csv_rows import append  # noqa: E402
 
 from tunescope.errors import UserError  # noqa: E402
 from tunescope.gpus import list_gpus  # noqa: E402
@@ -332,17 +333,6 @@ def conditions(on_gpu: bool) -> dict[str, Any]:
     }
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    is_new = not path.exists()
-    if not is_new and next(csv.reader([path.read_text(encoding="utf-8").partition("\n")[0]])) != list(COLUMNS):
-        raise SystemExit(f"{path} has other columns than this version writes; name another file with --out")
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
@@ -387,7 +377,7 @@ def main() -> None:
         shape = {"op": op, "dtype": dtype, "batch": batch, "length": length, "channels": channels}
         shape["state"] = options.state if op == "scan" else ""
         for row in measure(timer, make, length, implementations, options.reference_seconds, device):
-            append(options.out, shape | row | same)
+            append(options.out, COLUMNS, shape | row | same)
             print({key: (shape | row)[key] for key in SHOWN}, flush=True)
 
 

@@ -12,7 +12,6 @@ ijson with yajl in that environment).
 """
 
 import argparse
-import csv
 import datetime
 import gzip
 import json
@@ -27,6 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from csv_rows import append
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "tests" / "fixtures" / "traces" / "cuda.json.gz"
@@ -207,12 +208,7 @@ def main() -> None:
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
-    is_new = not options.out.exists()
-    with options.out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append(options.out, COLUMNS, row)
     print(json.dumps(row, indent=1))
 
 

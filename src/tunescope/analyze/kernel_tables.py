@@ -9,7 +9,7 @@ import pandas as pd
 from tunescope import results
 from tunescope.analyze.kernels import COUNTED, TIME_WEIGHTED, VALUES, KernelPoint
 from tunescope.analyze.latency import KEY, key_columns, latency_point
-from tunescope.analyze.points import Row, point_folders, read_row
+from tunescope.analyze.points import Row, rows_and_frames
 from tunescope.config import NCU
 from tunescope.hardware import Device, UnknownDevice, find_device
 from tunescope.paper import latency as paper_latency
@@ -18,6 +18,7 @@ from tunescope.paper import utilization
 # The paper's GPU stands in for one that is not there: its roofline is what a model on a CPU is of.
 ROOFLINE_WITHOUT_GPU = "NVIDIA A40"
 ALL = "all"
+LAUNCHERS = "./mixtral_pf.sh or ./mamba_pf.sh"
 POINT_COLUMNS = (
     *KEY, "status", "cause", "clock", "moe", "scan", "compute_dtype", "torch", "is_papers_model", "source", "op_part",
     "ncu_version", "ncu_s", "ncu_why_not", "num_sampled", "covered_frac", "sm_clock_hz", "dram_clock_hz",
@@ -40,14 +41,7 @@ def kernel_tables(folder: Path, phases: tuple[str, ...]) -> KernelTables:
 
     phases: those that `all` is of. Raises UserError if there is no such folder or no point in it.
     """
-    rows: list[Row] = []
-    frames: list[pd.DataFrame] = []
-    for path in point_folders(folder, "./mixtral_pf.sh or ./mamba_pf.sh"):
-        row = read_row(path, NCU, lambda found: _tables_of_point(found, phases))
-        frame = row.pop("operators", None)
-        rows.append(row)
-        if frame is not None:
-            frames.append(frame)
+    rows, frames = rows_and_frames(folder, LAUNCHERS, NCU, lambda found: _tables_of_point(found, phases), "operators")
     rows.sort(key=lambda row: (row.get("top_k") or 0, row.get("per_device_batch_size") or 0, row["point_id"]))
     columns = dict.fromkeys([*POINT_COLUMNS, *(name for row in rows for name in row)])
     operators = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*KEY, "label", "phase"])

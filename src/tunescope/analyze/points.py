@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from tunescope import results
 from tunescope.config import Point
 from tunescope.errors import UserError
@@ -50,6 +52,15 @@ def read_row(path: Path, kind: str, row_of: Callable[[results.PointFolder], Row]
     except (UserError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         # Its files are whole but lack what this version wrote into every one of them.
         return _unreadable(path, f"{path} is not a point of this program ({type(error).__name__}: {error})")
+
+
+def rows_and_frames(
+    folder: Path, launcher: str, kind: str, row_of: Callable[[results.PointFolder], Row], frame: str
+) -> tuple[list[Row], list[pd.DataFrame]]:
+    """`row_of` each point at or below `folder`, and what it put under the key `frame`, where it did."""
+    rows = [read_row(path, kind, row_of) for path in point_folders(folder, launcher)]
+    frames = [row.pop(frame) for row in rows if frame in row]
+    return rows, frames
 
 
 def _unreadable(path: Path, cause: str) -> Row:

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from tunescope import results
-from tunescope.analyze.kernel_tables import device_of
+from tunescope.analyze.kernel_tables import LAUNCHERS, device_of
 from tunescope.analyze.kernels import COUNTED, MODELLED, KernelPoint
 from tunescope.analyze.latency import KEY, key_columns, latency_point
-from tunescope.analyze.points import Row, point_folders, read_row
+from tunescope.analyze.points import Row, rows_and_frames
 from tunescope.config import NCU
 
 COMPUTE, MEMORY, LATENCY_BOUND = "compute", "memory", "latency"
@@ -31,14 +31,7 @@ class Rooflines:
 
 def rooflines(folder: Path, phases: tuple[str, ...]) -> Rooflines:
     """Of every kernel point at or below `folder`, over the phases given. Raises UserError if there is none."""
-    rows: list[Row] = []
-    frames: list[pd.DataFrame] = []
-    for path in point_folders(folder, "./mixtral_pf.sh or ./mamba_pf.sh"):
-        row = read_row(path, NCU, lambda found: _roofline_of_point(found, phases))
-        frame = row.pop("operators", None)
-        rows.append(row)
-        if frame is not None:
-            frames.append(frame)
+    rows, frames = rows_and_frames(folder, LAUNCHERS, NCU, lambda found: _roofline_of_point(found, phases), "operators")
     columns = dict.fromkeys([*KEY, "status", "cause", *(name for row in rows for name in row)])
     operators = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*KEY, "label"])
     return Rooflines(pd.DataFrame(rows, columns=list(columns)), operators)
