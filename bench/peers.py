@@ -24,18 +24,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from peers_code import PEERS
-
-import tunescope
-from tunescope import paper, results
-from tunescope.cost import validation
-from tunescope.cost.memory import MIB, OPTIMIZER, max_batch_size, memory_terms, peak_bytes
-from tunescope.cost.time_points import RECIPES, TimedPoint, read_points
-from tunescope.errors import UserError
-from tunescope.families import find_family
-from tunescope.hardware import GIB, Device, find_device
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
+
+from peers_code import PEERS, PREAMBLE  # noqa: E402
+
+import tunescope  # noqa: E402
+from tunescope import paper, results  # noqa: E402
+from tunescope.cost import validation  # noqa: E402
+from tunescope.cost.memory import MIB, OPTIMIZER, max_batch_size, memory_terms, peak_bytes  # noqa: E402
+from tunescope.cost.time_points import RECIPES, TimedPoint, read_points  # noqa: E402
+from tunescope.errors import UserError  # noqa: E402
+from tunescope.families import find_family  # noqa: E402
+from tunescope.hardware import GIB, Device, find_device  # noqa: E402
+
 H200 = ROOT / "docs" / "results" / "h200"
 CSV = Path(__file__).with_suffix(".csv")
 COLUMNS = ("date", "tool", "version", "model", "point", "quantity", "predicted", "measured", "ratio", "note")
@@ -227,7 +229,7 @@ def peer_rows(tool: str, asks: Sequence[Ask], pythons: Iterable[str], timeout_s:
     version = done.stdout.strip()
     try:
         done = subprocess.run(
-            [python, "-c", _PREAMBLE + code],
+            [python, "-c", PREAMBLE + code],
             input=json.dumps([ask.to_json() for ask in asks]),
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])},
             capture_output=True, text=True, timeout=timeout_s, check=False,

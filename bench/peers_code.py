@@ -1,7 +1,7 @@
 """What bench/peers.py runs in each peer's environment: programs as text, for they import nothing of this project."""
 
 # Each reads questions as JSON and prints, for each, [predicted or null, note].
-_PREAMBLE = """
+PREAMBLE = """
 import json, os, sys, tempfile
 from pathlib import Path
 from types import SimpleNamespace
