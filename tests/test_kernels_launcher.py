@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from launching import REPO, Finished, run, tunescope
 
+from tunescope import results
+from tunescope.analyze.kernels import KernelPoint
 from tunescope.hardware import find_device
 
 POINTS = "random:sparse:bs=2:seq=32 random:dense:bs=1:seq=32"
@@ -150,3 +152,35 @@ def test_bad_input_is_said_in_a_paragraph(arguments: tuple[str, ...]) -> None:
     assert done.code == 2
     assert done.err.startswith("tunescope: ")
     assert "Traceback" not in done.err
+
+
+def test_flop_of_the_products_are_those_of_the_config(measured: tuple[str, Path, Finished]) -> None:
+    """Counted from tensors while training, against arithmetic on config.json: forward, recompute alike, backward twice
+    for a trained weight and once for a frozen one."""
+    model, out, _ = measured
+    for folder in results.find_point_folders(out):
+        found = results.read_point(folder)
+        config, point = found.point["model_config"], found.point["point"]
+        tokens = point["per_device_batch_size"] * point["seq_len_tokens"]
+        rows = tokens * config["num_experts_per_tok"]
+        work = KernelPoint(found, {}, None).op_work()
+        flop = work.groupby(["phase", "label"])["flop"].sum()
+        wide = config["hidden_size"] * config["intermediate_size"]
+        layers = config["layers_block_type"].count("moe") if model == "blackmamba" else config["num_hidden_layers"]
+        expert = 2 * layers * rows * wide
+        if model == "mixtral":
+            for name in ("w1", "w2", "w3"):
+                for phase in ("forward", "recompute", "backward"):
+                    is_cut_short = phase == "recompute" and name == "w2"  # of the last layer that nothing waits for
+                    if not is_cut_short:
+                        assert flop[phase, f"matmul({name})"] == expert, (phase, name)
+            rank = int(found.point["recipe"]["lora_rank"])
+            adapters = 2 * layers * rank * (3 * rows * (config["hidden_size"] + config["intermediate_size"]))
+            adapters += 2 * layers * rank * tokens * (config["hidden_size"] + config["num_local_experts"])
+            assert flop["forward", "matmul(lora)"] == adapters
+            assert flop["backward", "matmul(lora)"] == 2 * adapters
+        else:  # w1 makes the gate, too
+            assert flop["forward", "matmul(w1)"] == 2 * expert
+            assert flop["forward", "matmul(w2)"] == expert
+            for name in ("w1", "w2"):
+                assert flop["backward", f"matmul({name})"] == 2 * flop["forward", f"matmul({name})"]
