@@ -20,6 +20,7 @@ class FakeStep:
     is_extrapolated: bool
     basis: str
     terms: tuple[tuple[str, float], ...]
+    slots_over_measured: float | None = None
 
 
 class FakeTimes:

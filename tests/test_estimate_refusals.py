@@ -8,10 +8,10 @@ import pytest
 from helpers_estimate import FakeTimes, ask, only
 
 from tunescope.cost import memory
-from tunescope.cost.estimate_inputs import QLORA, RECIPES
 from tunescope.cost.estimate_memory import gpu_memory_bytes, needed_bytes
 from tunescope.cost.estimate_table import answer
 from tunescope.cost.time_model import default_model
+from tunescope.cost.time_points import QLORA, RECIPES
 from tunescope.errors import UserError
 from tunescope.families.mixtral import MIXTRAL_8X7B
 from tunescope.hardware import find_device

@@ -15,9 +15,10 @@ import yaml
 from helpers_estimate import FakeTimes
 
 from tunescope.cost import memory
-from tunescope.cost.estimate_inputs import RECIPES
-from tunescope.cost.estimate_table import COLUMNS, answer, paper_rows
+from tunescope.cost.estimate_paper import paper_rows, table_iv
+from tunescope.cost.estimate_table import COLUMNS, answer
 from tunescope.cost.paper_model import paper_estimate
+from tunescope.cost.time_points import RECIPES
 from tunescope.errors import UserError
 from tunescope.families import FAMILIES
 from tunescope.report.estimate import print_estimate
@@ -67,7 +68,8 @@ def test_of_many_gpus_the_cheapest_and_the_fastest_come_first(capsys: pytest.Cap
     assert lines[2].startswith("Cheapest: ")
     assert lines[1].startswith("NVIDIA B200")
     assert "Fastest: NVIDIA B200" in lines[2]
-    assert sum(line.startswith("Too small: ") for line in lines) == 4
+    (too_small,) = (line for line in lines if line.startswith("Too small: "))
+    assert too_small.count(" GiB)") == 4
 
 
 def test_the_why_names_its_terms_and_they_add_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +85,7 @@ def test_the_why_names_its_terms_and_they_add_up(capsys: pytest.CaptureFixture[s
 
 
 def test_readers_of_the_paper_are_told_why_the_batch_is_larger(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(capsys)
+    text = printed(capsys, batch="max")
     assert "The paper's A40 held 3 (Table III) and 4 (Fig. 14) queries a batch" in text
     assert "The paper's A40 held" not in printed(capsys, top_k=4)
     assert "The paper's A40 held" not in printed(capsys, gpus=["l40s"])
@@ -100,7 +102,9 @@ def test_what_fits_nowhere_is_an_answer_and_not_a_success(capsys: pytest.Capture
     assert not print_estimate("mixtral", "math", gpus=["4090", "l4"], step_times=FakeTimes())
     text = capsys.readouterr().out
     assert text.startswith("mixtral, top-2 of 8 fits none of these GPUs.")
-    assert text.count("what would fit: a GPU of 32 GB") == 2
+    (line,) = (line for line in text.splitlines() if line.startswith("Too small: "))
+    assert "RTX 4090 (23.6 GiB), NVIDIA L4 (22.0 GiB)" in line
+    assert line.count("what would fit: a GPU of 32 GB") == 1
 
 
 # --- csv and json ---
@@ -132,12 +136,23 @@ def test_the_papers_method_is_its_equations_and_says_what_table_iv_implies(capsy
     assert known.cost_usd is not None
     assert lines[0].startswith("a40: 4 per batch, 0.985 queries/s")
     assert f"{known.cost_usd:.2f} USD (0.79 USD/h" in lines[0]
-    assert "no price: Table IV has none of a100-40gb" in lines[1]
-    assert all(re.search(DATE, line) for line in lines[:4] if "USD/h" in line)
+    assert "1.005 queries/s: 38.5 h, 30.38 USD" in lines[1]  # as measured at that batch
+    assert "no price: Table IV has none of a100-40gb" in next(line for line in lines if line.startswith("a100-40gb"))
+    assert all(re.search(DATE, line) for line in lines[:8] if "USD/h" in line)
     assert "10 epochs of 15,000 queries" in text
-    implied = printed(capsys, method="paper", gpus=["all"], epochs=10, queries=15_000)
-    assert "33.40 USD" in implied.splitlines()[0]
-    assert "10 per batch (the paper ran up to 17)" in implied.splitlines()[2]
+    for row in table_iv():
+        assert (
+            f"{row.gpu} at batch {row.batch_size}: {row.by_equation_usd:.2f} where it prints {row.printed_usd:g} "
+            f"({row.difference_percent:+.1f} %)" in text
+        )
+    implied = printed(capsys, method="paper", gpus=["all"], epochs=10, queries=15_000).splitlines()
+    assert "33.40 USD" in implied[0]
+    assert "32.74 USD" in implied[1]  # Table IV prints 32.7
+    assert "10 per batch (the paper ran up to 17)" in next(line for line in implied if line.startswith("a100-80gb"))
+    beyond = printed(capsys, method="paper", gpus=["a40"], batch=9)
+    assert "9 per batch (beyond Equation 1, by which 4 fit; the paper ran up to 4)" in beyond
+    (row,) = json.loads(printed(capsys, method="paper", queries=15_000, epochs=10, format="json"))
+    assert row["measured_cost_usd"] == pytest.approx(32.7374, abs=1e-3)
 
 
 def test_table_iv_comes_out_at_its_own_batches_and_queries_as_near_as_equation_2_is() -> None:
@@ -163,6 +178,10 @@ def test_the_papers_method_takes_ones_own_price_and_refuses_what_it_does_not_kno
         ({"data": "mine.json"}, "no number of queries"),
         ({"sparsity": "thin"}, "thin"),
         ({"model": "qwen3_moe"}, "qwen3_moe"),
+        ({"gpus": [""]}, "names no GPU"),
+        ({"epochs": 1e308}, "--epochs"),
+        ({"queries": 10**22}, "--queries"),
+        ({"batch": "fastest"}, "fastest"),
     ):
         with pytest.raises(UserError, match=words):
             print_estimate(**{"model": "mixtral", "data": "math", "gpus": ["a40"], "method": "paper"} | asked)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tunescope.config import MAX_BATCH, Point
 from tunescope.measure.inputs import Data
 from tunescope.measure.max_batch import (
+    MAX_MEASUREMENTS,
     STATE_FOLDER,
     BatchSearch,
     Found,
@@ -135,9 +136,52 @@ def test_a_measurement_outweighs_the_trial_that_promised_it(tmp_path: Path) -> N
     gpu = Gpu(limit=12, measured_limit=9)
     found = find(tmp_path, gpu)
     assert found.batch_size == 9
-    assert [size for size, is_trial in gpu.runs if not is_trial] == [12, 11, 10, 9]
+    assert [size for size, is_trial in gpu.runs if not is_trial] == [12, 11, 9, 10, 9]
     trials = found.outcome["max_batch"]["trials"]
-    assert [t["batch_size"] for t in trials if t["is_measurement"]] == [12, 11, 10]
+    assert [t["batch_size"] for t in trials if t["is_measurement"]] == [12, 11, 9, 10]
+
+
+@pytest.mark.parametrize(("limit", "measured_limit"), [(60, 54), (300, 270), (3000, 2700), (300, 0), (3000, 0)])
+def test_measurements_that_hold_less_are_few_and_end_near_what_they_hold(
+    tmp_path: Path, limit: int, measured_limit: int
+) -> None:
+    gpu = Gpu(limit=limit, measured_limit=measured_limit)
+    found = find(tmp_path, gpu)
+    measured = [size for size, is_trial in gpu.runs if not is_trial]
+    assert len(measured) <= MAX_MEASUREMENTS + 2  # one more for the row, and the last of a way down to 1
+    if measured_limit == 0:
+        assert (found.batch_size, found.outcome["status"]) == (1, "oom")
+        assert found.outcome["max_batch"]["batch_size"] == 0
+    else:
+        assert found.outcome["status"] == "ok"
+        assert found.batch_size == found.outcome["max_batch"]["batch_size"]
+        assert 0.97 * measured_limit <= found.batch_size <= measured_limit
+        assert found.outcome["max_batch"]["first_oom_batch_size"] > measured_limit
+
+
+@given(limit=st.integers(1, 400), held_frac=st.floats(0, 1), stop_after=st.integers(0, 30))
+def test_a_search_among_measurements_goes_on_where_it_was_stopped(
+    tmp_path_factory: pytest.TempPathFactory, limit: int, held_frac: float, stop_after: int
+) -> None:
+    class Stopped(BaseException):
+        pass
+
+    class Stopping(Gpu):
+        def __call__(self, batch_size: int, is_trial: bool) -> dict[str, Any]:
+            if len(self.runs) == stop_after:
+                raise Stopped
+            return super().__call__(batch_size, is_trial)
+
+    measured_limit = int(limit * held_frac)
+    whole = find(tmp_path_factory.mktemp("whole"), Gpu(limit, measured_limit))
+    folder = tmp_path_factory.mktemp("stopped")
+    try:
+        found = find(folder, Stopping(limit, measured_limit))
+    except Stopped:
+        found = find(folder, Gpu(limit, measured_limit))
+    assert found.batch_size == whole.batch_size
+    assert found.outcome["status"] == ("ok" if measured_limit else "oom")
+    assert found.batch_size <= max(measured_limit, 1)
 
 
 @pytest.mark.parametrize(("limit", "measured_limit"), [(0, None), (1, 0)])

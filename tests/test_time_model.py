@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tunescope.cost.time_calibration import calibrate, calibrate_from
 from tunescope.cost.time_model import OVERLAP_NAME, TERM_NAMES, StepTime, TimeModel, calibrated, default_model, run_time
+from tunescope.cost.time_packaged import own_points
 from tunescope.cost.time_points import RECIPES, TimedPoint, paper_points
 from tunescope.errors import UserError
 from tunescope.families.blackmamba import BLACKMAMBA_2_8B
@@ -159,7 +160,7 @@ def test_own_points_move_and_narrow_forecasts_of_their_gpu(factor: float) -> Non
     for unseen in points[6:]:
         before, after = default_model().at_point(unseen), found.model.at_point(unseen)
         assert abs(after.median_s / unseen.step_s - 1) < 0.08 < abs(before.median_s / unseen.step_s - 1)
-    for text in (f"{100 * found.half_width_before_frac:.0f} %", f"{100 * found.half_width_frac:.0f} %", "6 points"):
+    for text in (f"{100 * found.error_before_frac:.0f} %", "6 points of NVIDIA L4"):
         assert text in str(found)
 
 
@@ -178,6 +179,26 @@ def test_an_l4_is_no_longer_extrapolated_once_measured() -> None:
     step = model.step_time(MIXTRAL_8X7B, RECIPES["mixtral"], L4, batch_size=4, slots=1300)
     assert not step.is_extrapolated
     assert "3 measured points of mixtral QLoRA, stock on my L4" in step.basis
+
+
+def test_points_that_the_base_has_already_count_once() -> None:
+    """As read from their folders, where a package keeps six digits."""
+    own = own_points()
+    again = [replace(point, step_s=point.step_s * (1 + 1e-9), slots=point.slots * (1 + 1e-9)) for point in own]
+    found = calibrate(again, default_model())
+    assert found.num_known == len(own)
+    assert len(found.model.points) + len(found.model.own) == len(default_model().points)
+    ignorant = calibrate(again, TimeModel(paper_points()))
+    assert ignorant.num_known == 0
+    assert found.error_before_frac == pytest.approx(ignorant.error_before_frac)
+    assert f"{len(own)} of them came with the package" in str(found)
+
+
+def test_steps_far_larger_than_any_measured_say_so() -> None:
+    largest = max(p.slots for p in paper_points() if p.device == A40 and p.code == "mixtral QLoRA, stock")
+    step = mixtral_step(slots=5 * largest, batch_size=30)
+    assert step.slots_over_measured == pytest.approx(5)
+    assert mixtral_step(L4).slots_over_measured is None
 
 
 def test_point_folders_calibrate() -> None:

@@ -49,6 +49,7 @@ ModelPath = Annotated[Path | None, typer.Option(help="folder with a checkpoint, 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="list the points and stop")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="measure again what is done; old results move to superseded/")]
 Scan = Annotated[str, typer.Option(help="BlackMamba's selective scan: auto, triton, mamba-ssm or reference")]
+Moe = Annotated[str, typer.Option(help="how experts run: auto, stock or grouped; BlackMamba's grouped or loop")]
 Reentrant = Annotated[bool, typer.Option("--reentrant", help="reentrant gradient checkpointing (the study: not)")]
 MaxSeconds = Annotated[
     float | None, typer.Option(help="after 20 steps, time a point no longer than this; else 600, breakdowns 60")
@@ -72,6 +73,7 @@ def run_throughput(
     fresh: Fresh = False,
     reentrant: Reentrant = False,
     scan: Scan = "auto",
+    moe: Moe = "auto",
     max_seconds: MaxSeconds = None,
     memory_budget_gib: MemoryBudgetGib = None,
 ) -> None:
@@ -96,6 +98,7 @@ def run_latency(
     fresh: Fresh = False,
     reentrant: Reentrant = False,
     scan: Scan = "auto",
+    moe: Moe = "auto",
     max_seconds: MaxSeconds = None,
     memory_budget_gib: MemoryBudgetGib = None,
 ) -> None:
@@ -126,6 +129,7 @@ def run_kernels(
     fresh: Fresh = False,
     reentrant: Reentrant = False,
     scan: Scan = "auto",
+    moe: Moe = "auto",
     memory_budget_gib: MemoryBudgetGib = None,
 ) -> None:
     """Figures 6, 9 and 10: what the kernels of the MoE layer make of the GPU, by Nsight Compute, or modelled."""
@@ -152,6 +156,7 @@ def run_kernels(
         fresh=fresh,
         reentrant=reentrant,
         scan=scan,
+        moe=moe,
         memory_budget_gib=memory_budget_gib,
         ncu=settings,
     )
@@ -328,10 +333,20 @@ def estimate(
     data: Annotated[
         str, typer.Option(help="cs, math, a histogram (.csv: length_tokens,count) or a data file (.json, .jsonl)")
     ] = "cs",
-    epochs: Annotated[float, typer.Option(help="passes over the data")] = 1.0,
-    queries: Annotated[int | None, typer.Option(help="trained in an epoch; all of the data if not given")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="passes over the data; the --recipe's if not given, else 1")
+    ] = None,
+    queries: Annotated[
+        int | None, typer.Option(help="trained in an epoch; as the --recipe limits them if not given, else all")
+    ] = None,
     gpu: Annotated[list[str] | None, typer.Option(help="a40,h100,...; repeatable; all if not given")] = None,
-    batch: Annotated[str, typer.Option(help="queries a micro-batch, or max: the largest that fits")] = "max",
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            help="queries a micro-batch; fastest: of those that fit, the one that takes least time; max: the largest "
+            "that fits; the --recipe's if not given, else fastest"
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help="ours, or paper: its Equations 1 and 2 and Table IV")] = "ours",
     sparsity: Annotated[str | None, typer.Option(help="sparse or dense")] = None,
     top_k: Annotated[int | None, typer.Option(help="experts a token, instead of --sparsity")] = None,

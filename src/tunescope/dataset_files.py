@@ -158,6 +158,12 @@ def _check_columns(path: Path, rows: list[dict[str, Any]]) -> None:
     for column in sorted({key for row in rows for key in row}):
         try:
             pa.array([row.get(column) for row in rows])
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{path} holds half a character: {error.reason}",
+                cause=r"an escape as \ud83d stands alone, without its second half",
+                cure="write the text again as UTF-8, leaving such escapes out",
+            ) from None
         except (pa.ArrowException, OverflowError) as error:
             raise UserError(
                 f"{path}: column {column!r} holds values of several types: {str(error).splitlines()[0]}",

@@ -12,11 +12,15 @@ _NEAR_RATIO = 2  # between two batch sizes, for the power at one to stand for th
 
 @dataclass(frozen=True)
 class Power:
-    """Mean power of the whole GPU while it trains (W). kind: MEASURED or BOUND; source: for the reader."""
+    """Mean power of the whole GPU while it trains (W). kind: MEASURED or BOUND; source: for the reader.
+
+    why_bound: why no measured point stands for it; empty where one does.
+    """
 
     watts: float
     kind: str
     source: str
+    why_bound: str = ""
 
     def energy_j(self, seconds: float) -> float:
         return self.watts * seconds
@@ -65,13 +69,21 @@ def power_of(device: Device, config: Mapping[str, object], batch_size: int, poin
     """Of the measured points of this GPU, architecture and top_k the one nearest in batch size, if that is near; else
     the board's power, which bounds it: small batches leave a GPU idle and say nothing of large ones."""
     wanted = (device.name, config.get("model_type"), config.get("num_experts_per_tok"))
+    alike = [point for point in points if (point.device, point.model_type, point.top_k) == wanted]
     near = [
-        point
-        for point in points
-        if (point.device, point.model_type, point.top_k) == wanted
-        and batch_size / _NEAR_RATIO <= point.batch_size <= batch_size * _NEAR_RATIO
-    ]
+        point for point in alike if batch_size / _NEAR_RATIO <= point.batch_size <= batch_size * _NEAR_RATIO
+    ]  # fmt: skip
     if not near:
-        return Power(device.board_power_w, BOUND, f"board power of the {device.name} ({device.source})")
+        board = f"board power of the {device.name} ({device.source})"
+        return Power(device.board_power_w, BOUND, board, _why_bound(batch_size, points, alike))
     nearest = min(near, key=lambda point: abs(point.batch_size - batch_size))
     return Power(nearest.watts, MEASURED, f"measured on this GPU at batch {nearest.batch_size}")
+
+
+def _why_bound(batch_size: int, points: Sequence[PowerPoint], alike: Sequence[PowerPoint]) -> str:
+    if not points:
+        return "no point has measured energy"
+    if not alike:
+        return "the points with measured energy are of another GPU, architecture or top_k"
+    sizes = ", ".join(str(size) for size in sorted({point.batch_size for point in alike}))
+    return f"energy was measured at batch {sizes}, more than twice as large or small as {batch_size}"

@@ -1,6 +1,5 @@
 """What an estimate is of: a model, a recipe and data, from the names and files that a user gives. No torch."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,44 +9,17 @@ import numpy as np
 
 from tunescope import checkpoints
 from tunescope.config import PAPER_DATASETS
+from tunescope.cost.estimate_recipes import checked_epochs, read_recipe
 from tunescope.cost.lengths import Lengths, read_lengths
-from tunescope.cost.memory_shapes import model_type
+from tunescope.cost.memory_shapes import BLACKMAMBA, check_blackmamba, model_type, read_decoder, size_of
 from tunescope.cost.time_points import study_lengths
 from tunescope.errors import UserError
 from tunescope.families import FAMILIES, family_of
 from tunescope.families.family import Family
 
 SPARSE, DENSE = "sparse", "dense"
-CUTOFF_LEN_TOKENS = 2048  # LLaMA-Factory's default
 TEMPLATE = "mistral"  # for data files of models whose recipe names none
-# What decides memory and time in LLaMA-Factory/*.yaml, for machines that have only the package. QLORA is for any model
-# without a recipe here.
-QLORA: dict[str, Any] = {
-    "quantization_bit": 4,
-    "quantization_type": "nf4",
-    "double_quantization": True,
-    "finetuning_type": "lora",
-    "lora_rank": 16,
-    "lora_target": "all",
-    "gradient_accumulation_steps": 1,
-    "bf16": True,
-    "optim": "adamw_torch",
-    "cutoff_len": 1024,
-}
-RECIPES: dict[str, dict[str, Any]] = {
-    "mixtral": QLORA | {"lora_target": "w1,w2,w3,gate", "template": "mistral"},
-    "qwen3_moe": QLORA | {"lora_target": "gate_proj,up_proj,down_proj,gate", "template": "qwen3_nothink"},
-    "blackmamba": {
-        "finetuning_type": "full",
-        "pure_bf16": True,
-        "bf16": True,
-        "disable_gradient_checkpointing": True,
-        "gradient_accumulation_steps": 1,
-        "optim": "adamw_torch",
-        "cutoff_len": 1024,
-        "template": "llama2",
-    },
-}
+MAX_QUERIES = 10**12  # their tokens still count exactly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +49,8 @@ class Run:
     """All that is asked of a GPU.
 
     lengths: of one epoch's queries, cut. longest_tokens: of the whole data set, which memory must hold even where only
-    a part of it is trained. num_cut: queries of the data set that the cutoff shortens. notes: what was assumed.
+    a part of it is trained; where tokens are estimated, at the high end. num_cut: queries of the data set that the
+    cutoff shortens. recipe_batch_size: of the user's recipe, if it names one. notes: what was assumed.
     """
 
     model: Model
@@ -88,6 +61,7 @@ class Run:
     num_queries_of_data: int
     cutoff_len_tokens: int
     epochs: float
+    recipe_batch_size: int | None = None
     notes: tuple[str, ...] = field(default=())
 
 
@@ -95,7 +69,7 @@ def read_run(
     model: str,
     data: str,
     *,
-    epochs: float = 1.0,
+    epochs: float | None = None,
     queries: int | None = None,
     sparsity: str | None = None,
     top_k: int | None = None,
@@ -105,60 +79,74 @@ def read_run(
 ) -> Run:
     """From what `tunescope estimate` is given. Raises UserError for whatever cannot be estimated.
 
-    queries: trained in an epoch; None: all of the data, other numbers have its lengths. cutoff_len: instead of the
-    recipe's (tokens). recipe: LLaMA-Factory's keys; None: the family's of RECIPES, else QLORA.
+    epochs: None: the recipe's num_train_epochs, else 1. queries: trained in an epoch; None: what the recipe's
+    max_samples and val_size leave of the data, else all of them; other numbers have their lengths. cutoff_len: instead
+    of the recipe's (tokens). recipe: LLaMA-Factory's keys; None: the family's of RECIPES, else QLORA.
     """
-    if not 0 < epochs < math.inf:
-        raise UserError(f"--epochs is {epochs:g}; it must be a positive number")
-    if queries is not None and queries < 1:
-        raise UserError(f"--queries is {queries}; it must be at least 1")
+    if queries is not None and not 1 <= queries <= MAX_QUERIES:
+        raise UserError(f"--queries is {queries}; it must be from 1 to {MAX_QUERIES:,}")
     found = read_model(model, sparsity=sparsity, top_k=top_k, moe_path=moe_path)
-    notes = []
     family_name = found.family.name if found.family else ""
-    if recipe is None and family_name not in RECIPES:
-        notes.append("No recipe was given: NF4 QLoRA of rank 16 on all linears, gradient checkpointing, cut at 1024.")
-    settings = dict(RECIPES.get(family_name, QLORA) if recipe is None else recipe)
-    if cutoff_len is not None:
-        settings["cutoff_len"] = cutoff_len
-    cutoff = settings.get("cutoff_len", CUTOFF_LEN_TOKENS)
-    if type(cutoff) is not int or cutoff < 1:
-        raise UserError(f"cutoff_len is {cutoff!r}; it must be a whole number of tokens from 1")
+    of_recipe = read_recipe(recipe, family_name, cutoff_len)
+    notes = list(of_recipe.notes)
+    num_epochs = checked_epochs(of_recipe.epochs or 1.0 if epochs is None else epochs, "--epochs")
+    cutoff = of_recipe.cutoff_len_tokens
     if data in PAPER_DATASETS:
         whole = study_lengths(family_name, data)
     else:
-        template = str(settings.get("template", TEMPLATE))
+        template = str(of_recipe.settings.get("template", TEMPLATE))
         whole = read_lengths(data, template=template, tokenizer_json=_tokenizer(found, data))
+    if whole.num_queries > MAX_QUERIES:
+        raise UserError(f"{data} has more than {MAX_QUERIES:,} queries", cure="give fewer, and more --epochs")
+    cut = whole.cut(cutoff)
+    longest = (cut.bounds[1] if cut.bounds else cut).longest_tokens
     if whole.bounds is not None:
         notes.append(
-            f"Tokens of {data} are estimated from its words; the interval covers 0.9 to 1.35 tokens a word. A model "
-            "folder with its tokenizer.json counts them."
+            f"Tokens of {data} are estimated from its words; the interval covers 0.9 to 1.35 tokens a word, and memory "
+            f"is sized for the upper end, {longest} tokens in the longest query. A model folder with its "
+            "tokenizer.json counts them."
         )
     if found.family is not None and found.moe_path != found.family.moe_path:
         notes.append(
             f"Memory is that of MoE path {found.family.moe_path}: of {found.moe_path} only the time is modelled, so "
             "the batch that fits may differ."
         )
-    cut = whole.cut(cutoff)
+    num_queries = of_recipe.num_queries(cut.num_queries) if queries is None else queries
+    if recipe is not None:
+        notes.append(_what_the_recipe_decided(epochs, queries, of_recipe.epochs, num_queries, cut.num_queries))
     return Run(
         model=found,
-        recipe=settings,
-        lengths=cut if queries is None else resized(cut, queries),
-        longest_tokens=cut.longest_tokens,
+        recipe=of_recipe.settings,
+        lengths=cut if num_queries == cut.num_queries else resized(cut, num_queries),
+        longest_tokens=longest,
         num_cut=whole.num_longer_than(cutoff),
         num_queries_of_data=whole.num_queries,
         cutoff_len_tokens=cutoff,
-        epochs=epochs,
-        notes=tuple(notes),
+        epochs=num_epochs,
+        recipe_batch_size=of_recipe.batch_size,
+        notes=tuple(note for note in notes if note),
     )
+
+
+def _what_the_recipe_decided(
+    epochs: float | None, queries: int | None, recipe_epochs: float | None, num_queries: int, num_of_data: int
+) -> str:
+    """A note; empty where the flags, or defaults, decided everything."""
+    decided = []
+    if queries is None and num_queries != num_of_data:
+        decided.append(f"{num_queries:,} of {num_of_data:,} queries (max_samples, val_size)")
+    if epochs is None and recipe_epochs is not None:
+        decided.append(f"{recipe_epochs:g} epochs (num_train_epochs)")
+    return f"From the recipe: {' and '.join(decided)}; --queries and --epochs go before it." if decided else ""
 
 
 def read_model(
     model: str, *, sparsity: str | None = None, top_k: int | None = None, moe_path: str | None = None
 ) -> Model:
-    """A family's name, a folder with a config.json, or a config.json. Raises UserError."""
-    if model in FAMILIES:
-        family: Family | None = FAMILIES[model]
-        config, folder = dict(FAMILIES[model].full), None
+    """A family's name, in any case, a folder with a config.json, or a config.json. Raises UserError."""
+    if model.lower() in FAMILIES:
+        family: Family | None = FAMILIES[model.lower()]
+        config, folder = dict(FAMILIES[model.lower()].full), None
     else:
         path = Path(model).expanduser()
         file = path / "config.json" if path.is_dir() else path
@@ -170,13 +158,17 @@ def read_model(
             )
         config = checkpoints.read_json(file)
         model_type(config)  # refuses what is not modelled
+        _refuse_quantised(config)
         family, folder = family_of(config), file.parent
-    num_experts = config.get(family.experts_key) if family else None
+    num_experts = size_of(config, family.experts_key) if family else None
     chosen = _top_k(config, family, num_experts, sparsity, top_k, is_own=folder is not None)
     if family is not None and chosen is not None:
-        config = family.config_at(config, config["num_hidden_layers"], chosen)
+        config |= {"num_experts_per_tok": chosen}
+        _check_sizes(config)
+        config = family.config_at(config, size_of(config, "num_hidden_layers"), chosen)
+    _check_sizes(config)
     return Model(
-        name=model if folder is None else (folder.name or str(folder)),
+        name=model.lower() if folder is None else (folder.resolve().name or str(folder)),
         config=config,
         family=family,
         folder=folder,
@@ -184,6 +176,28 @@ def read_model(
         num_experts=num_experts,
         moe_path=moe_path or (family.moe_path if family else "stock"),
     )
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Raises UserError for what no model can be built of."""
+    if model_type(config) == BLACKMAMBA:
+        check_blackmamba(config)
+    else:
+        read_decoder(config)
+
+
+def _refuse_quantised(config: Mapping[str, Any]) -> None:
+    """Raises UserError for a checkpoint that is quantised already, unless as NF4 by bitsandbytes, as a recipe would."""
+    described = config.get("quantization_config")
+    if not described:
+        return
+    method = described.get("quant_method") if isinstance(described, dict) else None
+    if method not in ("bitsandbytes", "bnb") or not described.get("load_in_4bit"):
+        raise UserError(
+            f"the checkpoint is quantised already ({method or 'in a way that its config.json does not name'})",
+            cause="memory and time are modelled for weights that the recipe itself quantises, to NF4 by bitsandbytes",
+            cure="name the config.json of the model that it was made from",
+        )
 
 
 def _top_k(
@@ -214,16 +228,20 @@ def _top_k(
 
 def _tokenizer(model: Model, data: str) -> Path | None:
     """The model's own, where it lies beside the config and there are texts to count."""
-    if model.folder is None or Path(data).suffix not in (".json", ".jsonl"):
+    if model.folder is None or Path(data).suffix.lower() not in (".json", ".jsonl"):
         return None
     file = model.folder / "tokenizer.json"
     return file if file.is_file() else None
 
 
 def resized(lengths: Lengths, num_queries: int) -> Lengths:
-    """So many queries of the same lengths: quantiles (i + 1/2) / num_queries of the histogram."""
-    ends = np.cumsum(lengths.counts)
-    places = (np.arange(num_queries) + 0.5) / num_queries * ends[-1]
-    chosen, counts = np.unique(np.searchsorted(ends, places), return_counts=True)
+    """So many queries of the same lengths: quantiles (i + 1/2) / num_queries of the histogram, counted bin by bin."""
+    ends, num_of_data, end = [0], lengths.num_queries, 0
+    for count in lengths.counts.tolist():
+        end += count
+        # Quantiles up to this end: (2 i + 1) num_of_data <= 2 num_queries end, in whole numbers.
+        ends.append((2 * num_queries * end + num_of_data) // (2 * num_of_data))
+    counts = np.diff(np.array(ends, dtype=np.int64))
+    chosen = counts > 0
     bounds = lengths.bounds and (resized(lengths.bounds[0], num_queries), resized(lengths.bounds[1], num_queries))
-    return Lengths(lengths.lengths_tokens[chosen], counts, lengths.source, bounds)
+    return Lengths(lengths.lengths_tokens[chosen], counts[chosen], lengths.source, bounds)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunescope.cost import memory
-from tunescope.cost.estimate_inputs import QLORA
 from tunescope.cost.memory_shapes import BLACKMAMBA
 from tunescope.cost.padding import PAD_MULTIPLE
+from tunescope.cost.time_points import QLORA
 from tunescope.errors import UserError
 from tunescope.hardware import DEVICES, GIB, Device
 
@@ -75,21 +75,31 @@ def why_not(
     ways = []
     if batch_size > 1 and (fitting := memory.max_batch_size(config, recipe, have, longest_tokens)):
         ways.append(f"a batch of {fitting}")
-    larger = [other for other in DEVICES if gpu_memory_bytes(other) >= needed]
-    if larger:
-        smallest = min(larger, key=lambda other: (other.memory_gb, other.dram_bytes_per_s))
-        ways.append(f"a GPU of {smallest.memory_gb:g} GB, as the {smallest.name}")
+    if larger := _smallest(needed):
+        ways.append(larger)
     if batch_size == 1 and (length := _longest_that_fits(config, recipe, have, longest_tokens)):
         ways.append(f"a cutoff of {length} tokens")
     if not recipe.get("quantization_bit") and config.get("model_type") != BLACKMAMBA:
         qlora = QLORA | {"lora_rank": recipe.get("lora_rank", QLORA["lora_rank"])}
-        if needed_bytes(config, qlora, batch_size, longest_tokens) <= have:
-            ways.append("NF4 QLoRA in place of this recipe (finetuning_type: lora, quantization_bit: 4)")
+        needed_by_qlora = needed_bytes(config, qlora, batch_size, longest_tokens)
+        on = "" if needed_by_qlora <= have else _smallest(needed_by_qlora)
+        if on is not None:
+            on = on and f", on {on}"
+            ways.append(f"NF4 QLoRA in place of this recipe (finetuning_type: lora, quantization_bit: 4){on}")
     cure = " or ".join(ways) if ways else "no single GPU of the table: it needs several, which is not modelled"
     return (
         f"batch {batch_size} of {longest_tokens} tokens needs {needed / GIB:.1f} GiB and {device.name} has "
         f"{have / GIB:.1f}; what would fit: {cure}"
     )
+
+
+def _smallest(needed: int) -> str | None:
+    """The smallest GPU of the table that has so many bytes; None if none has."""
+    larger = [other for other in DEVICES if gpu_memory_bytes(other) >= needed]
+    if not larger:
+        return None
+    smallest = min(larger, key=lambda other: (other.memory_gb, other.dram_bytes_per_s))
+    return f"a GPU of {smallest.memory_gb:g} GB, as the {smallest.name}"
 
 
 def _longest_that_fits(

@@ -4,22 +4,24 @@ Tokens and padding from the data, the batch from memory, seconds of a step from 
 what the run takes. docs/estimating.md says how far each part is to be trusted.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 from tunescope.cost import memory
-from tunescope.cost.energy import Power, PowerPoint, power_of
+from tunescope.cost.energy import BOUND, Power, PowerPoint, power_of
 from tunescope.cost.estimate_inputs import Run
 from tunescope.cost.estimate_memory import gpu_memory_bytes, max_batch_size, needed_bytes, why_not
 from tunescope.cost.lengths import Lengths
 from tunescope.cost.padding import BatchLengths, EpochPadding, pad_epoch
-from tunescope.cost.prices import Offer, Price, find_price
+from tunescope.cost.prices import Offer, Price, find_gpu, find_price
 from tunescope.errors import UserError
-from tunescope.hardware import DEVICES, Device, find_device
+from tunescope.hardware import DEVICES, Device
 
-MAX = "max"
+# Instead of a batch size: the one that takes least time, and the largest that fits.
+FASTEST, MAX = "fastest", "max"
 ALL = "all"
 # A smaller batch is named as the faster one if it saves at least this part of the hours.
 _WORTH_NAMING_FRAC = 0.03
@@ -40,6 +42,8 @@ class StepTimeLike(Protocol):
     def basis(self) -> str: ...
     @property
     def terms(self) -> tuple[tuple[str, float], ...]: ...
+    @property
+    def slots_over_measured(self) -> float | None: ...
 
 
 class StepTimes(Protocol):
@@ -68,13 +72,24 @@ class Hours:
     high: float
 
 
+@dataclass(frozen=True)
+class Energy:
+    """Of a whole run (kWh). low, high: with the interval of its hours. Of a bound only the upper end is known."""
+
+    median: float | None
+    low: float | None
+    high: float
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Estimate:
     """One GPU's answer. What is None is not known: why_not says why nothing fits, no_price why there is no price.
 
-    batch_size: None where none fits. num_steps: of the whole run. price: with its date and source. power: mean of the
-    run, or its bound. step: of a usual batch. faster_batch_size: one that takes less time than the largest, with its
-    hours; None where there is none worth naming.
+    batch_size: None where none fits. num_steps: optimizer steps of the whole run, the last of an epoch with what
+    micro-batches are left. price: with its date and source. power: mean of the run, or its bound. step: of a usual
+    batch; step_before: the same one by the model that was not calibrated, None without calibration. max_batch_hours:
+    what the largest batch would take, where the fastest is another. faster_batch_size: where the largest was asked for,
+    one that takes less time, with its hours; None where there is none worth naming.
     """
 
     run: Run
@@ -87,10 +102,12 @@ class Estimate:
     padding: EpochPadding | None = None
     num_steps: float | None = None
     step: StepTimeLike | None = None
+    step_before: StepTimeLike | None = None
     hours: Hours | None = None
     price: Price | None = None
     no_price: str | None = None
     power: Power | None = None
+    max_batch_hours: float | None = None
     faster_batch_size: int | None = None
     faster_hours: float | None = None
 
@@ -119,16 +136,25 @@ class Estimate:
         return None if self.hours is None or self.price is None else Offer(self.price, self.hours.median)
 
     @property
-    def energy_j_per_query(self) -> float | None:
-        """Of the GPU alone; with a bound of the power, a bound."""
-        if self.hours is None or self.power is None:
-            return None
-        return self.power.energy_j(self.hours.median * 3600) / self.num_queries
+    def energy_kwh(self) -> float | None:
+        """Of the GPU alone; with a bound of the power an upper bound, at the upper end of the hours."""
+        energy = self.energy_kwh_interval
+        return None if energy is None else energy.high if energy.median is None else energy.median
 
     @property
-    def energy_kwh(self) -> float | None:
-        joules = self.energy_j_per_query
-        return None if joules is None else joules * self.num_queries / 3.6e6
+    def energy_kwh_interval(self) -> Energy | None:
+        if self.hours is None or self.power is None:
+            return None
+        kilowatts = self.power.watts / 1000
+        high = kilowatts * self.hours.high
+        if self.power.kind == BOUND:
+            return Energy(None, None, high)
+        return Energy(kilowatts * self.hours.median, kilowatts * self.hours.low, high)
+
+    @property
+    def energy_j_per_query(self) -> float | None:
+        """As energy_kwh."""
+        return None if self.energy_kwh is None else self.energy_kwh * 3.6e6 / self.num_queries
 
 
 def find_gpus(names: Sequence[str]) -> tuple[Device, ...]:
@@ -136,14 +162,9 @@ def find_gpus(names: Sequence[str]) -> tuple[Device, ...]:
     wanted = [part.strip() for name in names for part in name.split(",") if part.strip()]
     if not wanted:
         raise UserError("--gpu names no GPU", cure="name some, as a40,h100, or all")
-    if ALL in wanted:
+    if ALL in (name.lower() for name in wanted):
         return DEVICES
-    return tuple(dict.fromkeys(_gpu(name) for name in wanted))
-
-
-def _gpu(name: str) -> Device:
-    """`a100-40` and `a100-80` are understood without their GB."""
-    return find_device(name + "gb" if name.lower() in ("a100-40", "a100-80", "h100-80") else name)
+    return tuple(dict.fromkeys(find_gpu(name) for name in wanted))
 
 
 def estimate_runs(
@@ -151,60 +172,77 @@ def estimate_runs(
     devices: Sequence[Device],
     step_times: StepTimes,
     *,
-    batch: int | None = None,
+    batch: int | str = FASTEST,
     prices: Sequence[Price] = (),
     power_points: Sequence[PowerPoint] = (),
     own_devices: Sequence[str] = (),
+    before: StepTimes | None = None,
 ) -> tuple[Estimate, ...]:
     """One for each GPU, in the order given.
 
-    batch: None for the largest that fits each. prices: the user's, before the table's. own_devices: names of GPUs whose
-    host step_times was calibrated on; others are taken to be in a host that was not measured.
+    batch: queries of a micro-batch; FASTEST: of those that fit the one that takes least time; MAX: the largest that
+    fits. prices: the user's, before the table's. own_devices: names of GPUs whose host step_times was calibrated on;
+    others are taken to be in a host that was not measured. before: the model that was calibrated.
     Raises UserError for what is not modelled, and for a batch that the data cannot fill.
     """
-    if batch is not None and not 1 <= batch <= run.lengths.num_queries:
+    if isinstance(batch, int) and not 1 <= batch <= run.lengths.num_queries:
         raise UserError(
             f"a batch of {batch} queries cannot be made of {run.lengths.num_queries}",
-            cure=f"use --batch from 1 to {run.lengths.num_queries}, or max",
+            cause="; ".join(f"{device.name} would hold {_held(run, device)}" for device in devices[:3]),
+            cure=f"use --batch from 1 to {run.lengths.num_queries}, {FASTEST} or {MAX}",
         )
-    made = _Estimator(run, step_times, power_points, frozenset(own_devices))
+    made = _Estimator(run, step_times, power_points, frozenset(own_devices), before)
     return tuple(made.estimate(device, batch, prices) for device in devices)
+
+
+def _held(run: Run, device: Device) -> int:
+    """The largest batch that memory holds, however many queries there are."""
+    return memory.max_batch_size(run.model.config, run.recipe, gpu_memory_bytes(device), run.longest_tokens)
+
+
+def _sizes_to_try(largest: int) -> list[int]:
+    """Two an octave, the same ones below every limit, and the largest: padding and steps change little in between."""
+    octaves = range(largest.bit_length())
+    grid = {size for power in octaves for size in (2**power, 3 * 2**power // 2) if 1 <= size < largest}
+    return [*sorted(grid), largest]
 
 
 class _Estimator:
     """Keeps what several GPUs and batch sizes share: padding by batch size."""
 
     def __init__(
-        self, run: Run, step_times: StepTimes, power_points: Sequence[PowerPoint], own_devices: frozenset[str]
+        self,
+        run: Run,
+        step_times: StepTimes,
+        power_points: Sequence[PowerPoint],
+        own_devices: frozenset[str],
+        before: StepTimes | None,
     ) -> None:
-        self._run, self._step_times = run, step_times
+        self._run, self._step_times, self._before = run, step_times, before
         self._power_points, self._own_devices = power_points, own_devices
         self._paddings: dict[tuple[int, int], EpochPadding] = {}
-        self._accumulation = int(run.recipe.get("gradient_accumulation_steps") or 1)
+        self._accumulation = int(run.recipe.get("gradient_accumulation_steps", 1))
 
-    def estimate(self, device: Device, batch: int | None, prices: Sequence[Price]) -> Estimate:
+    def estimate(self, device: Device, batch: int | str, prices: Sequence[Price]) -> Estimate:
         run = self._run
         config, recipe, longest = run.model.config, run.recipe, run.longest_tokens
         largest = max_batch_size(config, recipe, gpu_memory_bytes(device), longest, run.lengths.num_queries)
-        if largest < (batch or 1):
+        asked = batch if isinstance(batch, int) else None
+        if largest < (asked or 1):
             return Estimate(
                 run=run,
                 device=device,
                 max_batch_size=largest,
-                why_not=why_not(config, recipe, device, batch or 1, longest),
+                why_not=why_not(config, recipe, device, asked or 1, longest),
             )
-        size = largest if batch is None else batch
-        step = self._step(device, self._padding(run.lengths, size).usual)
-        hours = self._hours(device, size)
-        price, no_price = _price(device, prices)
-        faster = None
-        if batch is None:
-            sizes = [2**power for power in range(largest.bit_length()) if 2**power < largest]
-            by_hours = {size: self._median_hours(device, run.lengths, size) for size in sizes}
-            faster = min(by_hours, key=by_hours.__getitem__, default=None)
-            if faster is not None and by_hours[faster] > (1 - _WORTH_NAMING_FRAC) * hours.median:
-                faster = None
+        by_hours: dict[int, float] = {}
+        if asked is None:
+            by_hours = {size: self._median_hours(device, run.lengths, size) for size in _sizes_to_try(largest)}
+        fastest = min(by_hours, key=by_hours.__getitem__, default=largest)
+        size = asked or (fastest if batch == FASTEST else largest)
+        faster = batch == MAX and by_hours[fastest] <= (1 - _WORTH_NAMING_FRAC) * by_hours[largest]
         padding = self._padding(run.lengths, size)
+        price, no_price = _price(device, prices)
         return Estimate(
             run=run,
             device=device,
@@ -213,14 +251,16 @@ class _Estimator:
             peak=memory.peak(config, recipe, size, longest),
             needed_bytes=needed_bytes(config, recipe, size, longest),
             padding=padding,
-            num_steps=padding.num_steps * run.epochs / self._accumulation,
-            step=step,
-            hours=hours,
+            num_steps=math.ceil(padding.num_steps / self._accumulation) * run.epochs,
+            step=self._step(device, padding.usual),
+            step_before=None if self._before is None else self._step(device, padding.usual, before=self._before),
+            hours=self._hours(device, size),
             price=price,
             no_price=no_price,
             power=power_of(device, config, size, self._power_points),
-            faster_batch_size=faster,
-            faster_hours=None if faster is None else by_hours[faster],
+            max_batch_hours=by_hours[largest] if batch == FASTEST and fastest != largest else None,
+            faster_batch_size=fastest if faster else None,
+            faster_hours=by_hours[fastest] if faster else None,
         )
 
     def _padding(self, lengths: Lengths, size: int) -> EpochPadding:
@@ -229,27 +269,39 @@ class _Estimator:
             self._paddings[key] = pad_epoch(lengths, size)
         return self._paddings[key]
 
-    def _step(self, device: Device, batch: BatchLengths) -> StepTimeLike:
-        size = batch.batch_size
-        return self._step_times.step_time(
+    def _step(
+        self,
+        device: Device,
+        batch: BatchLengths,
+        *,
+        accumulation: int | None = None,
+        before: StepTimes | None = None,
+    ) -> StepTimeLike:
+        """accumulation: micro-batches of the step, if others than the recipe's. before: the model to ask, of a host
+        that was not measured, instead of this one."""
+        size, recipe = batch.batch_size, self._run.recipe
+        return (before or self._step_times).step_time(
             self._run.model.config,
-            self._run.recipe,
+            recipe if accumulation is None else recipe | {"gradient_accumulation_steps": accumulation},
             device,
             batch_size=size,
             slots=size * batch.mean_tokens,
             key_slots=size * batch.mean_of(lambda tokens: tokens * tokens / 2.0),
             moe_path=self._run.model.moe_path,
-            is_other_host=device.name not in self._own_devices,
+            is_other_host=before is not None or device.name not in self._own_devices,
         )
 
     def _median_hours(self, device: Device, lengths: Lengths, size: int) -> float:
         """Of all epochs: the usual batches and the smaller one at the end of each."""
-        padding = self._padding(lengths, size)
+        padding, each = self._padding(lengths, size), self._accumulation
         num_usual = padding.num_steps - (padding.last is not None)
-        seconds = num_usual * self._step(device, padding.usual).median_s
+        usual_s = self._step(device, padding.usual).median_s
+        seconds = num_usual * usual_s / each
         if padding.last is not None:
-            seconds += self._step(device, padding.last).median_s
-        return seconds * self._run.epochs / self._accumulation / 3600
+            seconds += self._step(device, padding.last).median_s / each
+        if num_left := padding.num_steps % each:  # an epoch's last step has fewer micro-batches and a whole update
+            seconds += self._step(device, padding.usual, accumulation=num_left).median_s - num_left / each * usual_s
+        return seconds * self._run.epochs / 3600
 
     def _hours(self, device: Device, size: int) -> Hours:
         lengths = self._run.lengths

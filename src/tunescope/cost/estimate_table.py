@@ -1,21 +1,22 @@
 """`tunescope.cost.estimate`: what a fine-tuning run takes on each GPU, as a table. No torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tunescope.cost.energy import PowerPoint, read_power
-from tunescope.cost.estimate_inputs import DENSE, SPARSE, Run, read_run
+from tunescope.cost.estimate_inputs import Run, read_run
 from tunescope.cost.estimate_memory import gpu_memory_bytes
-from tunescope.cost.estimate_runs import MAX, Estimate, StepTimes, estimate_runs, find_gpus
-from tunescope.cost.paper_model import PaperEstimate, paper_estimate
+from tunescope.cost.estimate_runs import FASTEST, MAX, Estimate, StepTimes, estimate_runs, find_gpus
 from tunescope.cost.prices import Offer, break_even_usd_per_hour, cheapest, read_user_prices
 from tunescope.errors import UserError
 from tunescope.hardware import GIB
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from tunescope.cost.time_calibration import Calibration
 
 OURS, PAPER = METHODS = ("ours", "paper")
 COLUMNS = (
@@ -24,18 +25,19 @@ COLUMNS = (
     "num_queries_cut", "num_steps", "step_s", "step_s_low", "step_s_high", "queries_per_s", "queries_per_s_low",
     "queries_per_s_high", "hours", "hours_low", "hours_high", "is_extrapolated", "basis", "needed_gib",
     "gpu_memory_gib", "peak_moment", "usd", "usd_low", "usd_high", "usd_per_hour", "price_provider", "price_date",
-    "price_source", "break_even_usd_per_hour", "is_cheapest", "is_fastest", "energy_kwh", "energy_j_per_query",
-    "power_w", "power_kind", "faster_batch_size", "faster_hours",
+    "price_source", "break_even_usd_per_hour", "is_cheapest", "is_fastest", "energy_kwh", "energy_kwh_low",
+    "energy_kwh_high", "energy_j_per_query", "power_w", "power_kind", "max_batch_hours", "faster_batch_size",
+    "faster_hours", "slots_over_measured",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """All GPUs' estimates of one run. calibration: what the user's points changed, a sentence; None without."""
+    """All GPUs' estimates of one run. calibration: by the user's points; None without."""
 
     run: Run
     estimates: tuple[Estimate, ...]
-    calibration: str | None = None
+    calibration: "Calibration | None" = None
 
     @property
     def offers(self) -> list[Offer]:
@@ -68,10 +70,10 @@ def answer(
     model: str = "mixtral",
     data: str = "cs",
     *,
-    epochs: float = 1.0,
+    epochs: float | None = None,
     queries: int | None = None,
     gpus: Sequence[str] = ("all",),
-    batch: int | str = MAX,
+    batch: int | str | None = None,
     sparsity: str | None = None,
     top_k: int | None = None,
     cutoff_len: int | None = None,
@@ -93,37 +95,42 @@ def answer(
         recipe=recipe,
         moe_path=moe_path,
     )
-    devices, user_prices, size = find_gpus(gpus), read_user_prices(prices), _batch(batch)
-    calibration: str | None = None
-    own: tuple[str, ...] = ()
+    devices, user_prices = find_gpus(gpus), read_user_prices(prices)
+    size = read_batch(FASTEST if batch is None and run.recipe_batch_size is None else batch or run.recipe_batch_size)
+    calibration: Calibration | None = None
     power_points: tuple[PowerPoint, ...] = ()
     if calibrate is not None:
-        step_times, calibration, own, power_points = _calibrated(calibrate, step_times)
+        from tunescope.cost.time_calibration import calibrate_from
+
+        calibration, power_points = calibrate_from(calibrate, cast(Any, step_times)), read_power(calibrate)
+        step_times = calibration.model
     elif step_times is None:
         from tunescope.cost.time_model import default_model
 
         step_times = default_model()
     found = estimate_runs(
-        run, devices, step_times, batch=size, prices=user_prices, power_points=power_points, own_devices=own
+        run,
+        devices,
+        step_times,
+        batch=size,
+        prices=user_prices,
+        power_points=power_points,
+        own_devices=() if calibration is None else calibration.devices,
+        before=None if calibration is None else calibration.base,
     )
     return Answer(run=run, estimates=found, calibration=calibration)
 
 
-def _calibrated(folder: Path, base: Any) -> tuple[StepTimes, str, tuple[str, ...], tuple[PowerPoint, ...]]:
-    from tunescope.cost.time_calibration import calibrate_from
-
-    found = calibrate_from(folder, base)
-    return found.model, str(found), found.devices, read_power(folder)
-
-
-def _batch(batch: int | str) -> int | None:
-    """None for `max`."""
-    if batch == MAX:
-        return None
-    if isinstance(batch, str) and batch.isascii() and batch.isdigit() and len(batch) < 10:
-        batch = int(batch)
+def read_batch(batch: int | str | None) -> int | str:
+    """A size, FASTEST or MAX, in any case. Raises UserError for anything else."""
+    if isinstance(batch, str):
+        batch = batch.strip().lower()
+        if batch in (FASTEST, MAX):
+            return batch
+        if batch.isascii() and batch.isdigit() and len(batch) < 10:
+            batch = int(batch)
     if type(batch) is not int or batch < 1:
-        raise UserError(f"--batch is {batch!r}; it must be a whole number from 1, or max")
+        raise UserError(f"--batch is {batch!r}; it must be a whole number from 1, {FASTEST} or {MAX}")
     return batch
 
 
@@ -131,10 +138,10 @@ def estimate(
     model: str = "mixtral",
     data: str = "cs",
     *,
-    epochs: float = 1.0,
+    epochs: float | None = None,
     queries: int | None = None,
     gpus: Sequence[str] = ("all",),
-    batch: int | str = MAX,
+    batch: int | str | None = None,
     sparsity: str | None = None,
     top_k: int | None = None,
     cutoff_len: int | None = None,
@@ -147,13 +154,15 @@ def estimate(
     """What fine-tuning takes on each GPU: one row a GPU with COLUMNS; a GPU that is too small has status `too small`.
 
     model: a family's name, a folder with a config.json, or a config.json. data: cs, math, a histogram (.csv) or a data
-    file (.json, .jsonl). queries: trained in an epoch; None: all of the data. gpus: names, or all. batch: queries a
-    micro-batch, or max. sparsity: sparse or dense; top_k: instead of it. cutoff_len: instead of the recipe's (tokens).
-    recipe: LLaMA-Factory's keys; None: the family's. moe_path: stock, grouped or loop; None: the family's.
-    prices: GPU=USD_PER_HOUR or a CSV, before the table's. calibrate: folder of measured points. step_times: instead of
-    the default model of step times.
+    file (.json, .jsonl). epochs: None: the recipe's, else 1. queries: trained in an epoch; None: as the recipe limits
+    them, else all of the data. gpus: names, or all. batch: queries a micro-batch; max: the largest that fits; fastest:
+    of those that fit, the one that takes least time; None: the recipe's, else fastest. sparsity: sparse or dense;
+    top_k: instead of it. cutoff_len: instead of the recipe's (tokens). recipe: LLaMA-Factory's keys; None: the
+    family's. moe_path: stock, grouped or loop; None: the family's. prices: GPU=USD_PER_HOUR or a CSV, before the
+    table's. calibrate: folder of measured points. step_times: instead of the default model of step times.
 
-    Intervals (_low, _high) are of 90 %. Raises UserError for what is unknown or not modelled.
+    Intervals (_low, _high) are of 90 %; of an energy whose power_kind is a bound energy_kwh is the upper end. Raises
+    UserError for what is unknown or not modelled.
     """
     import pandas as pd
 
@@ -220,9 +229,13 @@ def _row(found: Answer, each: Estimate) -> dict[str, Any]:
         "is_cheapest": each is found.cheapest,
         "is_fastest": each is found.fastest,
         "energy_kwh": each.energy_kwh,
+        "energy_kwh_low": each.energy_kwh_interval.low if each.energy_kwh_interval else None,
+        "energy_kwh_high": each.energy_kwh_interval.high if each.energy_kwh_interval else None,
         "energy_j_per_query": each.energy_j_per_query,
         "power_w": each.power.watts if each.power else None,
         "power_kind": each.power.kind if each.power else None,
+        "max_batch_hours": each.max_batch_hours,
+        "slots_over_measured": each.step.slots_over_measured,
         "faster_batch_size": each.faster_batch_size,
         "faster_hours": each.faster_hours,
     }
@@ -237,77 +250,3 @@ def _row(found: Answer, each: Estimate) -> dict[str, Any]:
             "price_source": each.price.source,
         }
     return row
-
-
-# --- the paper's method ---
-
-
-def paper_rows(
-    model: str,
-    data: str,
-    *,
-    epochs: float = 1.0,
-    queries: int | None = None,
-    gpus: Sequence[str] = ("all",),
-    batch: int | str = MAX,
-    sparsity: str | None = None,
-    cutoff_len: int | None = None,
-    prices: Sequence[str] = (),
-) -> list[PaperEstimate]:
-    """The paper's own estimate for its GPUs: Equation 1, Equation 2, and the price (cost/paper_model.py).
-
-    queries: None: those of the data set. gpus: all for the paper's four. Raises UserError for what it has not.
-    """
-    from tunescope.cost import paper_constants
-    from tunescope.cost.lengths import paper_lengths
-
-    if queries is None:
-        queries = paper_lengths(data).num_queries if data in ("cs", "math") else None
-    if queries is None:
-        raise UserError(
-            f"the paper's method has no number of queries for data {data!r}",
-            cause="it knows data sets by name, and lengths of cs and math only",
-            cure="give --queries, or use --method ours",
-        )
-    if sparsity not in (None, SPARSE, DENSE):
-        raise UserError(f"--sparsity {sparsity!r} is unknown to the paper's model", cure=f"use {SPARSE} or {DENSE}")
-    names = [part.strip() for name in gpus for part in name.split(",") if part.strip()]
-    chosen = list(paper_constants.GPU_MEMORY_GB) if "all" in names else [paper_constants.paper_gpu(n) for n in names]
-    given = {paper_constants.paper_gpu(price.gpu): price for price in _of_papers_gpus(read_user_prices(prices))}
-    found = []
-    for gpu in dict.fromkeys(chosen):
-        price = given.get(gpu)
-        by_paper = paper_estimate(
-            model,
-            data,
-            paper_constants.GPU_MEMORY_GB[gpu],
-            sparsity or SPARSE,
-            num_queries=queries,
-            epochs=epochs,
-            gpu=gpu,
-            price_usd_per_hour=None if price is None else price.usd_per_hour,
-            seq_len_tokens=cutoff_len,
-            batch_size=_batch(batch),
-        )
-        if price is not None:
-            by_paper = replace(by_paper, price_source=f"{price.provider}, {price.date}")
-        found.append(by_paper)
-    return found
-
-
-def _of_papers_gpus(prices: Sequence[Any]) -> list[Any]:
-    from tunescope.cost import paper_constants
-
-    kept = []
-    for price in prices:
-        try:
-            paper_constants.paper_gpu(price.gpu)
-        except UserError:
-            continue
-        kept.append(price)
-    return kept
-
-
-def paper_records(found: Sequence[PaperEstimate]) -> list[dict[str, Any]]:
-    """As rows, what is missing in one cell."""
-    return [asdict(each) | {"missing": "; ".join(each.missing)} for each in found]

@@ -72,11 +72,13 @@ class Lengths:
 
     @property
     def num_queries(self) -> int:
-        return int(self.counts.sum())
+        return sum(self.counts.tolist())  # in whole numbers of any size, as below
 
     @property
     def total_tokens(self) -> int:
-        return int(self.lengths_tokens @ self.counts)
+        return sum(
+            length * count for length, count in zip(self.lengths_tokens.tolist(), self.counts.tolist(), strict=True)
+        )
 
     @property
     def mean_tokens(self) -> float:
@@ -125,9 +127,9 @@ def read_lengths(
     if data in ("cs", "math"):
         return paper_lengths(data)
     path = Path(data).expanduser()
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         return read_histogram(path)
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix in (".json", ".jsonl"):  # in lower case, as the engine has it
         return lengths_of_file(path, template=template, tokens_per_word=tokens_per_word, tokenizer_json=tokenizer_json)
     raise UserError(
         f"{data} is no data: neither cs nor math, nor a .csv, .json or .jsonl file",
@@ -165,6 +167,12 @@ def read_histogram(path: Path) -> Lengths:
     count_of: dict[int, int] = {}
     try:
         for row in reader:
+            if None in row:
+                raise UserError(
+                    f"{path}, line {reader.line_num}: more cells than the header has columns",
+                    cause="a comma within a number, perhaps",
+                    cure=_HISTOGRAM_CURE,
+                )
             length, count = (_whole(path, reader.line_num, name, row[name]) for name in HISTOGRAM_COLUMNS)
             if length < 1:
                 raise UserError(

@@ -30,6 +30,7 @@ _NOT_COUNTED = (
 )  # fmt: skip
 _OPTIMIZERS = {"adamw_torch": False, "adamw_torch_fused": True}  # -> whether it is one kernel, without temporaries
 
+_MAX_SIZE = 2**31
 FP32, BF16 = 4, 2  # bytes of a number
 
 
@@ -160,23 +161,29 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
             "the memory of a model with both dense and sparse layers is not modelled",
             cause="mlp_only_layers or decoder_sparse_step of its config.json",
         )
-    width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
-    head_width = config.get("head_dim") or width // heads
-    kv_heads = config.get("num_key_value_heads") or heads
+    width, heads = size_of(config, "hidden_size"), size_of(config, "num_attention_heads")
+    head_width = width // heads if config.get("head_dim") is None else size_of(config, "head_dim")
+    kv_heads = heads if config.get("num_key_value_heads") is None else size_of(config, "num_key_value_heads")
+    if heads % kv_heads or not head_width:
+        raise UserError(
+            f"config.json has {heads} heads, {kv_heads} for keys and values, in a width of {width}",
+            cause="num_key_value_heads must divide num_attention_heads, and a head must have some width",
+            cure="use the config.json that came with the checkpoint",
+        )
     has_qkv_bias = kind == "qwen2" or bool(config.get("attention_bias"))
     has_out_bias = kind != "qwen2" and bool(config.get("attention_bias"))
     experts_key, width_key, names = _MOE.get(kind, ("", "intermediate_size", ("gate_proj", "up_proj", "down_proj")))
-    num_experts = _size(config, experts_key) if experts_key else 0
-    mlp_width = _size(config, width_key)
+    num_experts = size_of(config, experts_key) if experts_key else 0
+    mlp_width = size_of(config, width_key)
     has_mlp_bias = kind == "llama" and bool(config.get("mlp_bias"))
     copies = num_experts or 1
-    top_k = _size(config, "num_experts_per_tok") if num_experts else 1
+    top_k = size_of(config, "num_experts_per_tok") if num_experts else 1
     if num_experts and top_k > num_experts:
         raise UserError(f"num_experts_per_tok is {top_k}, and there are {num_experts} experts")
     return Decoder(
         width=width,
-        vocab_size=_size(config, "vocab_size"),
-        num_layers=_size(config, "num_hidden_layers"),
+        vocab_size=size_of(config, "vocab_size"),
+        num_layers=size_of(config, "num_hidden_layers"),
         heads=heads,
         kv_heads=kv_heads,
         head_width=head_width,
@@ -204,9 +211,16 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
 def check_blackmamba(config: Mapping[str, Any]) -> None:
     """Raises UserError for a config.json that lacks a size, or asks for other ways to compute than those counted."""
     for key in _BLACKMAMBA_SIZES:
-        _size(config, key)
-    if missing := [key for key in ("expand", "layers_block_type") if key not in config]:
-        raise UserError(f"config.json has no {' and no '.join(missing)}", cure="use the model's own config.json")
+        size_of(config, key)
+    kinds: Any = config.get("layers_block_type")
+    are_kinds = isinstance(kinds, list) and all(kind in ("mamba", "moe") for kind in kinds)
+    expand: Any = config.get("expand")
+    if not are_kinds or type(expand) not in (int, float) or not 0 < expand < _MAX_SIZE:
+        raise UserError(
+            "config.json has no usable expand or layers_block_type",
+            cause="expand must be a number above 0, and layers_block_type a list of mamba and moe, one a layer",
+            cure="use the config.json that came with the checkpoint",
+        )
     for key, counted in {"scan": ("auto", "triton"), "moe": ("grouped",)}.items():
         if config.get(key, counted[0]) not in counted:
             raise UserError(
@@ -237,7 +251,7 @@ def read_setup(recipe: Mapping[str, Any], linears: tuple[Linear, ...]) -> Setup:
         "a quantised model trained in full": is_quantised and not is_lora,
         "a quantised model without bf16": is_quantised and not is_bf16,
         "LoRA in pure_bf16": is_lora and is_pure,
-        "lora_dropout above 0": is_lora and float(recipe.get("lora_dropout") or 0) > 0,
+        f"lora_dropout {recipe.get('lora_dropout')}": is_lora and recipe.get("lora_dropout") not in (None, 0),
         "LoRA on this model": is_lora and not linears,
     } | {key: bool(recipe.get(key)) for key in _NOT_COUNTED}
     for fault, is_present in faults.items():
@@ -251,10 +265,10 @@ def read_setup(recipe: Mapping[str, Any], linears: tuple[Linear, ...]) -> Setup:
     return Setup(
         is_lora=is_lora,
         is_quantised=is_quantised,
-        rank=_whole(recipe, "lora_rank", 8) if is_lora else 0,
+        rank=whole_number(recipe, "lora_rank", 8) if is_lora else 0,
         targets=_targets(recipe, linears) if is_lora else frozenset(),
         is_checkpointed=not recipe.get("disable_gradient_checkpointing", False),
-        accumulates=_whole(recipe, "gradient_accumulation_steps", 1) > 1,
+        accumulates=whole_number(recipe, "gradient_accumulation_steps", 1) > 1,
         is_fused_optimizer=_OPTIMIZERS[optimizer],
         trained=BF16 if is_pure else FP32,
         frozen=compute,
@@ -270,8 +284,8 @@ def read_batch(batch_size: int, seq_len_tokens: int, pad_multiple: int, *, is_ma
     return Batch(batch_size, -(-seq_len_tokens // pad_multiple) * pad_multiple, is_masked)
 
 
-def _whole(recipe: Mapping[str, Any], key: str, default: int) -> int:
-    """default: LLaMA-Factory's."""
+def whole_number(recipe: Mapping[str, Any], key: str, default: int) -> int:
+    """A positive whole number of a recipe. default: LLaMA-Factory's. Raises UserError for anything else."""
     value = recipe.get(key, default)
     if type(value) is not int or value < 1:
         raise UserError(f"the recipe's {key} is {value!r}", cure="it must be a whole number from 1")
@@ -280,7 +294,9 @@ def _whole(recipe: Mapping[str, Any], key: str, default: int) -> int:
 
 def _targets(recipe: Mapping[str, Any], linears: tuple[Linear, ...]) -> frozenset[str]:
     known = frozenset(linear.name for linear in linears)
-    wanted = {name.strip() for name in str(recipe.get("lora_target", "all")).split(",")}
+    given = recipe.get("lora_target", "all")
+    names = given if isinstance(given, list) else str(given).split(",")
+    wanted = {str(name).strip() for name in names}
     if wanted == {"all"}:
         return known
     if unknown := sorted(wanted - known):
@@ -291,9 +307,10 @@ def _targets(recipe: Mapping[str, Any], linears: tuple[Linear, ...]) -> frozense
     return frozenset(wanted)
 
 
-def _size(config: Mapping[str, Any], key: str) -> int:
+def size_of(config: Mapping[str, Any], key: str) -> int:
+    """A positive whole number of a config.json. Raises UserError for anything else, and for one that no model has."""
     value = config.get(key)
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 1 <= value < _MAX_SIZE:
         raise UserError(
             f"config.json has no usable {key}: {value!r}",
             cause="the file is cut short, or of another kind of model",

@@ -12,13 +12,14 @@ from importlib.resources import files
 from pathlib import Path
 
 from tunescope.errors import UserError
-from tunescope.hardware import UnknownDevice, find_device
+from tunescope.hardware import DEVICES, Device, UnknownDevice, find_device
 
 USER_COLUMNS = ("gpu", "usd_per_hour")
 _CSV_CURE = (
     "write a CSV with the columns gpu and usd_per_hour, and provider, date (YYYY-MM or YYYY-MM-DD), source and note "
     "where you have them"
 )
+_MAX_USD_PER_HOUR = 10**6
 _PRICE_CURE = "give one: GPU=USD_PER_HOUR, as a40=0.37, or a CSV of prices"
 
 
@@ -71,7 +72,8 @@ def fastest(offers: Iterable[Offer]) -> Offer:
 
 
 def break_even_usd_per_hour(offer: Offer, other_hours: float, other_num_gpus: int = 1) -> float:
-    """What an hour of one of the other GPUs may cost until the run there is as dear as `offer`: above it, stay.
+    """What an hour of one of the other GPUs may cost until the run there is as dear as `offer`, which above it stays
+    cheaper.
 
     other_hours: of the same run on other_num_gpus of the other GPUs. Raises ValueError for no time or no GPU.
     """
@@ -79,6 +81,25 @@ def break_even_usd_per_hour(offer: Offer, other_hours: float, other_num_gpus: in
     if other_num_gpus < 1:
         raise ValueError(f"a run on {other_num_gpus} GPUs is none")
     return offer.usd / (other_hours * other_num_gpus)
+
+
+def find_gpu(name: str) -> Device:
+    """hardware.find_device, with `a100-40` understood without its GB, and a cure that names GPUs that were meant.
+
+    Raises UnknownDevice.
+    """
+    short = "-".join(name.lower().split())
+    try:
+        return find_device(short + "gb" if short in ("a100-40", "a100-80", "h100-80") else name)
+    except UnknownDevice as error:
+        from difflib import get_close_matches  # a hundredth of a second that only a misspelling takes
+
+        if short == "a100":
+            raise UnknownDevice(error.what, cause=error.cause, cure="write a100-40gb or a100-80gb") from None
+        known = {alias.lower(): device.name for device in DEVICES for alias in (device.name, *device.aliases)}
+        nearest = dict.fromkeys(known[match] for match in get_close_matches(short, known, n=3))
+        meant = f"perhaps {' or '.join(nearest)} is meant; else " if nearest else ""
+        raise UnknownDevice(error.what, cause=error.cause, cure=meant + error.cure) from None
 
 
 def find_price(gpu: str, user_prices: Sequence[Price] = ()) -> Price:
@@ -179,15 +200,18 @@ def _user_price(
     where: str, gpu: str, usd: str, iso_date: str, source: str, *, provider: str = "user", note: str = ""
 ) -> Price:
     try:
-        name = find_device(gpu.strip()).name
+        name = find_gpu(gpu.strip()).name
     except UnknownDevice as error:
         raise UnknownDevice(f"{where}: {error.what}", cause=error.cause, cure=error.cure) from None
     try:
         usd_per_hour = float(usd)
     except ValueError:
         usd_per_hour = math.nan
-    if not 0 <= usd_per_hour < math.inf:
-        raise UserError(f"{where}: {usd!r} is no price", cure="write USD per hour as a number from 0, as 0.79")
+    if not 0 <= usd_per_hour <= _MAX_USD_PER_HOUR:
+        raise UserError(
+            f"{where}: {usd!r} is no price",
+            cure=f"write USD per hour as a number from 0 to {_MAX_USD_PER_HOUR:,}, as 0.79",
+        )
     if not _is_date(iso_date):
         raise UserError(f"{where}: {iso_date!r} is no date", cure="write YYYY-MM-DD, or YYYY-MM")
     return Price(gpu=name, usd_per_hour=usd_per_hour, provider=provider, date=iso_date, source=source, note=note)

@@ -36,6 +36,8 @@ class StepTime:
     low_s, high_s: 90 % interval of its mean duration in a run. is_extrapolated: nothing was ever measured on this GPU,
     or of this architecture, way of training and MoE path. basis: which measurements it rests on, one sentence. terms:
     named seconds that add up to median_s; what each would take alone, and a negative one for what overlaps.
+    slots_over_measured: token slots of a micro-batch over those of the largest that was measured on this GPU by this
+    code; None where none was.
     """
 
     median_s: float
@@ -44,6 +46,7 @@ class StepTime:
     is_extrapolated: bool
     basis: str
     terms: tuple[tuple[str, float], ...]
+    slots_over_measured: float | None = None
 
     @property
     def half_width_frac(self) -> float:
@@ -90,6 +93,10 @@ class TimeModel:
         self._count_of_code = Counter(point.code for point in everything)
         self._count_of_device = Counter(point.device.name for point in everything)
         self._hosts = _hosts(everything) | _hosts(self.own)
+        self._largest_slots: dict[tuple[str, str], float] = {}
+        for point in everything:
+            key = (point.device.name, point.code)
+            self._largest_slots[key] = max(point.slots, self._largest_slots.get(key, 0.0))
 
     def step_time(
         self,
@@ -114,20 +121,25 @@ class TimeModel:
         """
         work = step_work(config, recipe, batch_size=batch_size, slots=slots, key_slots=key_slots, moe_path=moe_path)
         code = code_of(config, recipe, moe_path)
-        host = ANOTHER_HOST if is_other_host else self._hosts.get(device.name, ANOTHER_HOST)
-        return self._answer(np.array(work.seconds_at_peak(device)), (host, device.name, code))
+        host = ANOTHER_HOST if is_other_host else self.host_of(device)
+        return self._answer(np.array(work.seconds_at_peak(device)), (host, device.name, code), slots)
+
+    def host_of(self, device: Device) -> str:
+        """The measured host that answers for a GPU: of several the one with most points; ANOTHER_HOST without any."""
+        return self._hosts.get(device.name, ANOTHER_HOST)
 
     def at_point(self, point: TimedPoint, *, is_other_host: bool = False) -> StepTime:
         """What is forecast for a measured point, of its own host unless asked otherwise, its own error counted in."""
         host = ANOTHER_HOST if is_other_host else point.host
         group = (host, point.device.name, point.code)
-        return self._answer(np.array(point.work().seconds_at_peak(point.device)), group, point.error_frac)
+        return self._answer(np.array(point.work().seconds_at_peak(point.device)), group, point.slots, point.error_frac)
 
-    def _answer(self, work: np.ndarray, group: time_fit.Group, error_frac: float = 0.0) -> StepTime:
+    def _answer(self, work: np.ndarray, group: time_fit.Group, slots: float, error_frac: float = 0.0) -> StepTime:
         found = self.fit.forecast(work, group, error_frac)
         factor = math.exp(found.log_half_width)
         named = dict(zip(TERM_NAMES, found.terms_s, strict=True)) | {OVERLAP_NAME: found.overlap_s}
         _, device, code = group
+        largest = self._largest_slots.get((device, code))
         return StepTime(
             median_s=found.median_s,
             low_s=found.median_s / factor,
@@ -135,6 +147,7 @@ class TimeModel:
             is_extrapolated=not (self._count_of_device[device] and self._count_of_code[code]),
             basis=self._basis(group),
             terms=tuple((name, seconds) for name, seconds in named.items() if seconds),
+            slots_over_measured=None if largest is None else slots / largest,
         )
 
     def _basis(self, group: time_fit.Group) -> str:
@@ -170,6 +183,15 @@ def default_model() -> TimeModel:
 
 
 def calibrated(points: Sequence[TimedPoint], base: TimeModel | None = None) -> TimeModel:
-    """The base, default_model() if none is given, refitted with the user's own points, whose host then answers."""
+    """The base, default_model() if none is given, refitted with the user's own points, whose host then answers.
+
+    Points that the base has already count once, as the user's.
+    """
     base = base or default_model()
-    return TimeModel(base.points, (*base.own, *points))
+    return TimeModel(without(base.points, points), (*without(base.own, points), *points))
+
+
+def without(points: Sequence[TimedPoint], others: Sequence[TimedPoint]) -> tuple[TimedPoint, ...]:
+    """The points that are no measurement of the others."""
+    known = {point.measurement for point in others}
+    return tuple(point for point in points if point.measurement not in known)

@@ -21,18 +21,34 @@ from tunescope.families import find_family
 from tunescope.hardware import GIB, Device, UnknownDevice, find_device
 
 CUTOFF_LEN_TOKENS = 1024  # of every recipe of the study
-_QLORA = {
-    "finetuning_type": "lora", "quantization_bit": 4, "lora_rank": 16, "bf16": True, "optim": "adamw_torch",
-    "use_reentrant_gc": False,
-}  # fmt: skip
-# Of each family's recipe in LLaMA-Factory/ what decides the work of a step.
+# What decides memory and time in LLaMA-Factory/*.yaml, for machines that have only the package. QLORA is for any model
+# without a recipe here.
+QLORA: dict[str, Any] = {
+    "quantization_bit": 4,
+    "quantization_type": "nf4",
+    "double_quantization": True,
+    "finetuning_type": "lora",
+    "lora_rank": 16,
+    "lora_target": "all",
+    "gradient_accumulation_steps": 1,
+    "bf16": True,
+    "optim": "adamw_torch",
+    "cutoff_len": CUTOFF_LEN_TOKENS,
+}
 RECIPES: dict[str, dict[str, Any]] = {
-    "mixtral": _QLORA | {"lora_target": "w1,w2,w3,gate"},
-    "qwen3_moe": _QLORA | {"lora_target": "gate_proj,up_proj,down_proj,gate"},
+    "mixtral": QLORA | {"lora_target": "w1,w2,w3,gate", "template": "mistral"},
+    "qwen3_moe": QLORA | {"lora_target": "gate_proj,up_proj,down_proj,gate", "template": "qwen3_nothink"},
     "blackmamba": {
-        "finetuning_type": "full", "pure_bf16": True, "optim": "adamw_torch", "disable_gradient_checkpointing": True,
+        "finetuning_type": "full",
+        "pure_bf16": True,
+        "bf16": True,
+        "disable_gradient_checkpointing": True,
+        "gradient_accumulation_steps": 1,
+        "optim": "adamw_torch",
+        "cutoff_len": CUTOFF_LEN_TOKENS,
+        "template": "llama2",
     },
-}  # fmt: skip
+}
 # Tokens of a query over those in the paper's histogram, whose tokenizer is not recorded: so much longer its queries
 # must be for batches of four, padded, to have the tokens that Figure 11 counts. That these are such batches the step
 # times bear out (docs/time_model.md).
@@ -81,6 +97,12 @@ class TimedPoint:
     @property
     def code(self) -> str:
         return code_of(self.config, self.recipe, self.moe_path)
+
+    @property
+    def measurement(self) -> tuple[Any, ...]:
+        """Equal for one measurement read from its folder and from a package, which keeps six digits."""
+        numbers = (f"{value:.6g}" for value in (self.step_s, self.slots))
+        return (*self.group, self.top_k, self.batch_size, *numbers)
 
     @property
     def group(self) -> tuple[str, str, str]:
@@ -190,6 +212,11 @@ def read_points(folder: Path) -> tuple[TimedPoint, ...]:
 
     Of a breakdown its unprofiled steps. Raises UserError if there is none, and says why the first ones are not usable.
     """
+    return read_points_and_skipped(folder)[0]
+
+
+def read_points_and_skipped(folder: Path) -> tuple[tuple[TimedPoint, ...], tuple[str, ...]]:
+    """The points as read_points() has them, and of each that is not usable its name and why. Errors as there."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}", cure="name a folder of profile_data/ that a launcher filled")
     points, reasons = [], []
@@ -207,7 +234,7 @@ def read_points(folder: Path) -> tuple[TimedPoint, ...]:
             cause=shown or "it is empty, or not a results folder",
             cure="measure some on the GPU in question: ./mixtral_tp.sh, ./mamba_tp.sh or `tunescope run throughput`",
         )
-    return tuple(points)
+    return tuple(points), tuple(reasons)
 
 
 def _read_point(found: results.PointFolder) -> TimedPoint:

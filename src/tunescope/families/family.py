@@ -18,6 +18,7 @@ ACCUMULATION = r"AccumulateGrad\||^\w+Backward\w*\|aten::add_?\|aten::add_?\|"
 # Ways that this project has to compute one thing, by the names that flags, config.json and rows have for them.
 TRITON, MAMBA_SSM, REFERENCE = SCANS = ("triton", "mamba-ssm", "reference")
 GROUPED, LOOP = MOE_PATHS = ("grouped", "loop")
+STOCK = "stock"  # as transformers has it
 
 BF16_BYTES = 2
 NF4_BLOCK_WEIGHTS = 64  # weights that share one absmax
@@ -83,7 +84,9 @@ class Family:
     gradients and optimizer state. headroom_gib: what a small batch needs besides, in preset full.
     forward_flop: (config, recipe) -> flops.ForwardFlop.
 
-    moe_path: how its experts run, as rows say it. has_scan: whether --scan means something.
+    moe_path: how its experts run, as rows say it, if nothing else is asked for; moe_paths: all ways that there are.
+    is_moe_in_config: whether config.json says which; else the loaded model is switched. has_scan: whether --scan means
+    something.
     layout, routing: how a breakdown divides it and where its tokens are counted.
 
     sparse_top_k: top_k of the points called sparse. points: kind of measurement -> its points where the paper has
@@ -109,7 +112,9 @@ class Family:
     resident_bytes: Callable[[dict[str, Any], int], int]
     headroom_gib: float
     forward_flop: Callable[[dict[str, Any], dict[str, Any]], ForwardFlop]
-    moe_path: str = "stock"
+    moe_path: str = STOCK
+    moe_paths: tuple[str, ...] = (STOCK,)
+    is_moe_in_config: bool = False
     has_scan: bool = False
     layout: Layout
     routing: Routing

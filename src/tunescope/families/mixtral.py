@@ -6,8 +6,10 @@ from tunescope.families.family import (
     ACCUMULATION,
     BF16_BYTES,
     COPY,
+    GROUPED,
     MATMUL,
     NF4_BYTES_PER_WEIGHT,
+    STOCK,
     Family,
     Layout,
     OpRule,
@@ -159,6 +161,7 @@ MIXTRAL = Family(
     # batch 1 and 7 at batch 32 of length 128.
     headroom_gib=5.0,
     forward_flop=_forward_flop,
+    moe_paths=(STOCK, GROUPED),
     layout=Layout(
         name="mixtral",
         block_class="MixtralSparseMoeBlock",

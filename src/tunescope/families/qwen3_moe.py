@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tunescope.families.family import BF16_BYTES, NF4_BYTES_PER_WEIGHT, Family, Layout, Routing
+from tunescope.families.family import BF16_BYTES, GROUPED, NF4_BYTES_PER_WEIGHT, STOCK, Family, Layout, Routing
 from tunescope.families.mixtral import NF4_NOTE, nf4_moe_order, nf4_moe_rules
 from tunescope.flops import ForwardFlop, lora_forward_flop
 
@@ -98,6 +98,7 @@ QWEN3_MOE = Family(
     resident_bytes=_nf4_weight_bytes,
     headroom_gib=4.0,
     forward_flop=_forward_flop,
+    moe_paths=(STOCK, GROUPED),
     layout=Layout(
         name="qwen3_moe",
         block_class="Qwen3MoeSparseMoeBlock",

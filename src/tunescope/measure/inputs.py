@@ -195,6 +195,17 @@ def checked_config(model_dir: Path, family: Family) -> dict[str, Any]:
     return content
 
 
+def moe_path(family: Family, wanted: str) -> str:
+    """The path of the experts that the flag --moe stands for. Raises UserError for one that the model has not."""
+    if wanted == "auto":
+        return family.moe_path
+    if wanted not in family.moe_paths:
+        raise UserError(
+            f"--moe {wanted}: {family.name} has no such path", cure=f"use one of auto, {', '.join(family.moe_paths)}"
+        )
+    return wanted
+
+
 def available_scan(family: Family, wanted: str, *, use_gpu: bool) -> str | None:
     """The selective scan that the flag --scan stands for on this machine; None for a model that has none.
 

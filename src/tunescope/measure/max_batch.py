@@ -22,6 +22,8 @@ TRIAL_QUERIES = 64  # of synthetic data: the longest of them is stretched to the
 STATE_FOLDER = ".max_batch"  # of searches under way; no table reads it
 # A guess is wrong by a share of itself: steps away from a large one begin larger.
 _GUESS_PER_STEP = 64
+# A measurement takes minutes. After so many the largest that was measured will do, be there one larger that fits.
+MAX_MEASUREMENTS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,31 +85,34 @@ def bracket(trials: Sequence[Trial]) -> tuple[int, int | None]:
     """(largest size that fitted below all that did not, 0 if none; smallest that did not, None if all did).
 
     One size fits or not as luck has it where memory is nearly full: a size that fitted above one that did not is taken
-    for luck, and a measurement outweighs a trial.
+    for luck. Once a measurement did not fit that a trial had promised, trials promise nothing, and only measurements
+    count as fitting.
     """
+    counting = [trial for trial in trials if trial.is_measurement] or trials
     too_large = min((trial.batch_size for trial in trials if trial.status == "oom"), default=None)
-    fitting = [t.batch_size for t in trials if t.status == "ok" and (too_large is None or t.batch_size < too_large)]
+    fitting = [t.batch_size for t in counting if t.status == "ok" and (too_large is None or t.batch_size < too_large)]
     return max(fitting, default=0), too_large
 
 
 def next_batch_size(trials: Sequence[Trial], guess: int, largest: int) -> int | None:
-    """The size to try next; None where the largest that fits is known.
+    """The size to try next, or to measure where a measurement has not fitted; None where the search is over.
 
     From the guess in doubling steps to a size on the other side of the limit, then bisection. From a guess of 1 that
-    is doubling.
+    is doubling. Below a measurement that did not fit the same in measurements, MAX_MEASUREMENTS of them once one fits.
     """
     low, high = bracket(trials)
     guess = min(max(guess, 1), largest)
+    measured = [trial for trial in trials if trial.is_measurement]
     if high is None:
         if low == 0:
             return guess
         num_steps = sum(trial.status == "ok" and trial.batch_size >= guess for trial in trials)
         return None if low >= largest else min(low + _step(guess, num_steps), largest)
-    if high - low <= 1:
+    if high - low <= 1 or (low and len(measured) >= MAX_MEASUREMENTS):
         return None
     if low == 0:
-        num_steps = sum(trial.status == "oom" for trial in trials)
-        return max(high - _step(guess, num_steps), 1)
+        num_steps = sum(trial.status == "oom" for trial in measured or trials)
+        return max(high - _step(1 if measured else guess, num_steps), 1)
     return (low + high) // 2
 
 
@@ -176,13 +181,14 @@ def find_max_batch(
     start = guess if guess is not None else 1
     while True:
         size = next_batch_size(log.trials, start, search.largest_batch_size)
-        is_trial = size is not None
+        is_over, is_measuring = size is None, any(trial.is_measurement for trial in log.trials)
+        is_trial = not is_over and not is_measuring
         size = size or bracket(log.trials)[0]
         outcome = run(size, is_trial)
         status = outcome["status"]
         if status == "failed":
             outcome["cause"] = f"{'trying' if is_trial else 'measuring'} batch {size}: {outcome['cause']}"
-        elif is_trial or status == "oom":
+        elif not is_over or status == "oom":
             note(f"batch {size} {'fits' if status == 'ok' else 'does not fit'}")
             peak_bytes = outcome.get("peak_allocated_bytes")
             log.add(
@@ -194,7 +200,12 @@ def find_max_batch(
                     is_measurement=not is_trial,
                 )
             )
-            if bracket(log.trials) != (0, 1):
+            is_result = (
+                status == "ok"
+                and is_measuring
+                and next_batch_size(log.trials, start, search.largest_batch_size) is None
+            )
+            if bracket(log.trials) != (0, 1) and not is_result:
                 continue  # of (0, 1) the row is this outcome: not even one query fits
         outcome["max_batch"] = facts(search, log.trials, guess)
         return Found(batch_size=size, outcome=outcome)

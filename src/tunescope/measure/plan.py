@@ -50,6 +50,7 @@ class Options:
     model_path: Path | None = None
     reentrant: bool = False
     scan: str = "auto"
+    moe: str = "auto"
     memory_budget_gib: float | None = None
     max_seconds: float | None = None
     seq_len: int | None = None
@@ -92,7 +93,7 @@ class PointSpec:
             "protocol": self.protocol.to_json(),
             "weights": self.weights,
             "data": self.data,
-            "moe": self.workload.model_config.get("moe", find_family(self.workload.point.model).moe_path),
+            "moe": moe_of(self.workload),
             "device": self.device,
             "memory_budget_bytes": self.memory_budget_bytes,
             "stack": self.stack,
@@ -217,6 +218,8 @@ def make_plan(options: Options) -> Plan:
             cure="drop --reentrant",
         )
     scan = inputs.available_scan(family, options.scan, use_gpu=gpu is not None)
+    moe = inputs.moe_path(family, options.moe)
+    moe_in_config = {"moe": moe} if moe != family.moe_path and family.is_moe_in_config else {}
 
     model_dir = inputs.find_model_dir(options.model, options.preset, options.model_path)
     base = inputs.checked_config(model_dir, family) if model_dir else family.full
@@ -242,7 +245,8 @@ def make_plan(options: Options) -> Plan:
     common = _Common(
         options=options,
         recipe=recipe,
-        full_config=base | ({"scan": scan} if scan else {}),
+        full_config=base | ({"scan": scan} if scan else {}) | moe_in_config,
+        moe=None if moe == family.moe_path or family.is_moe_in_config else moe,
         model_dir=model_dir,
         weights=inputs.weights_facts(model_dir),
         gpu=gpu,
@@ -291,6 +295,7 @@ class _Common:
     options: Options
     recipe: dict[str, Any]
     full_config: dict[str, Any]
+    moe: str | None
     model_dir: Path | None
     weights: dict[str, Any]
     gpu: Gpu | None
@@ -324,6 +329,7 @@ def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
         num_samples=num_samples,
         max_steps=max_steps,
         use_cpu=gpu is None,
+        moe=common.moe,
     )
     budget_bytes = None if options.memory_budget_gib is None else round(options.memory_budget_gib * GIB)
     search = None
@@ -335,8 +341,9 @@ def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
                 cure="name batch sizes, or say with --memory-budget-gib how much memory one process may take",
             )
         search = make_search(point, data, options.queries, usual, int(recipe.get("cutoff_len", 2048)))
+    moe = moe_of(workload)
     return PointSpec(
-        point_id=point.point_id(device_slug(gpu)),
+        point_id=point.point_id(device_slug(gpu)) + ("" if moe == find_family(point.model).moe_path else f"-{moe}"),
         kind=options.kind,
         workload=workload,
         protocol=protocol,
@@ -353,6 +360,11 @@ def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
         search=search,
         ncu=(options.ncu or NcuSettings()) if options.kind == config.NCU else None,
     )
+
+
+def moe_of(workload: Workload) -> str:
+    """The path that the experts of a run take, as its rows say it."""
+    return workload.moe or workload.model_config.get("moe", find_family(workload.point.model).moe_path)
 
 
 def device_slug(gpu: Gpu | None) -> str:

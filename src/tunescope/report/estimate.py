@@ -12,8 +12,7 @@ from tunescope.cost.energy import BOUND
 from tunescope.cost.estimate_inputs import Run
 from tunescope.cost.estimate_memory import gpu_memory_bytes
 from tunescope.cost.estimate_runs import Estimate, Hours
-from tunescope.cost.estimate_table import METHODS, OURS, Answer, answer, paper_records, paper_rows, rows
-from tunescope.cost.paper_model import PaperEstimate
+from tunescope.cost.estimate_table import METHODS, OURS, Answer, answer, rows
 from tunescope.errors import UserError
 from tunescope.hardware import GIB
 from tunescope.report.text import check_format, number, text_table
@@ -26,6 +25,7 @@ _HEADER = (
 )  # fmt: skip
 _EXTRAPOLATED = "extrapolated"
 _LOPSIDED_FRAC = 0.05
+_FAR_BEYOND_MEASURED = 3  # in token slots of a micro-batch
 
 
 def print_estimate(
@@ -46,6 +46,9 @@ def print_estimate(
     if refused := [name for name in ours_only if asked.pop(name, None) is not None]:
         names = ", ".join("--" + name.removesuffix("_path").replace("_", "-") for name in refused)
         raise UserError(f"the paper's method knows no {names}", cure="drop it, or use --method ours")
+    from tunescope.cost.estimate_paper import paper_records, paper_rows
+    from tunescope.report.estimate_paper import paper_text
+
     by_paper = paper_rows(model, data, **asked)
     _print(paper_records(by_paper), format, lambda: paper_text(by_paper))
     return any(each.queries_per_s is not None for each in by_paper)
@@ -78,12 +81,23 @@ def estimate_text(found: Answer) -> str:
     if fitting:
         blocks.append(_table(found, fitting))
     if too_small:
-        blocks.append("\n".join(f"Too small: {each.why_not}." for each in too_small))
+        blocks.append("\n".join(_too_small(too_small)))
     if fitting:
         explained = found.cheapest or found.fastest
         assert explained is not None
         blocks += ["\n".join(_why(found, explained, fitting)), _terms(explained)]
     return "\n\n".join(blocks)
+
+
+def _too_small(estimates: Sequence[Estimate]) -> list[str]:
+    """A line for all GPUs that lack the same, each with what it has."""
+    groups: dict[str, list[str]] = {}
+    for each in estimates:
+        needs, _, would_fit = (each.why_not or "").partition("; ")
+        of_batch = needs.partition(" and ")[0]
+        has = f"{each.device.name} ({gpu_memory_bytes(each.device) / GIB:.1f} GiB)"
+        groups.setdefault(f"{of_batch}; {would_fit}", []).append(has)
+    return [f"Too small: {', '.join(names)}: {said}." for said, names in groups.items()]
 
 
 def _headed(found: Answer, fitting: Sequence[Estimate]) -> list[Estimate]:
@@ -98,8 +112,8 @@ def _line(each: Estimate) -> str:
     assert hours is not None
     parts = [
         f"{each.batch_size} per batch",
-        f"{number(rate.median)} queries/s {_spread(rate)}",
-        f"{number(hours.median)} h",
+        f"{_digits(rate.median)} queries/s {_spread(rate)}",
+        f"{_digits(hours.median)} h",
     ]
     if usd is not None and each.price is not None:
         price = each.price
@@ -120,7 +134,7 @@ def _best(found: Answer) -> str:
     best, fast = found.cheapest, found.fastest
     assert fast is not None
     assert fast.hours is not None
-    fastest = f"Fastest: {fast.device.name}, {number(fast.hours.median)} h."
+    fastest = f"Fastest: {fast.device.name}, {_digits(fast.hours.median)} h."
     if best is None or best.usd is None:
         return f"{fastest} No GPU of these has a price: give some with --price GPU=USD_PER_HOUR."
     return f"Cheapest: {best.device.name}, {_money(best.usd.median)} USD. {fastest}"
@@ -137,15 +151,15 @@ def _table(found: Answer, fitting: Sequence[Estimate]) -> str:
             [
                 each.device.name.removeprefix("NVIDIA "),
                 str(each.batch_size),
-                number(rate.median),
+                _digits(rate.median),
                 _interval(rate),
-                number(hours.median),
+                _digits(hours.median),
                 _interval(hours),
                 "-" if usd is None else _money(usd.median),
                 "-" if usd is None else f"{_money(usd.low)} to {_money(usd.high)}",
                 "-" if each.price is None else f"{each.price.usd_per_hour:g}",
                 number(found.break_even_usd_per_hour(each)),
-                f"{energy_mark}{number(each.energy_kwh)}",
+                "-" if each.energy_kwh is None else f"{energy_mark}{_digits(each.energy_kwh)}",
                 number((each.needed_bytes or 0) / GIB),
                 number(gpu_memory_bytes(each.device) / GIB),
                 _EXTRAPOLATED if each.step is not None and each.step.is_extrapolated else "",
@@ -156,11 +170,21 @@ def _table(found: Answer, fitting: Sequence[Estimate]) -> str:
 
 
 def _interval(value: Hours) -> str:
-    return f"{number(value.low)} to {number(value.high)}"
+    return f"{_digits(value.low)} to {_digits(value.high)}"
 
 
 def _money(usd: float) -> str:
+    if 0 < usd < 0.005:
+        return "< 0.01"
     return f"{usd:,.2f}" if usd < 100 else f"{usd:,.0f}"
+
+
+def _digits(value: float) -> str:
+    """Three digits, rounded before they are counted (9.999 is 10.0), with separators of thousands."""
+    if value < 0.9995:
+        return f"{value:.{2 - math.floor(math.log10(value))}f}" if value > 1e-9 else "0"
+    rounded = float(f"{value:.3g}") if value < 1000 else value
+    return f"{rounded:,.{max(3 - len(str(int(rounded))), 0)}f}"
 
 
 def _what(run: Run) -> str:
@@ -171,6 +195,7 @@ def _why(found: Answer, explained: Estimate, fitting: Sequence[Estimate]) -> lis
     run, padding = found.run, explained.padding
     assert padding is not None
     lengths = run.lengths
+    accumulates = int(run.recipe.get("gradient_accumulation_steps", 1)) > 1
     cut = f"{run.num_cut:,} of {run.num_queries_of_data:,} queries are longer and cut" if run.num_cut else "none is cut"
     lines = [
         f"Model: {_what(run)}, MoE path {run.model.moe_path}; {_recipe_text(run.recipe)}."
@@ -179,30 +204,73 @@ def _why(found: Answer, explained: Estimate, fitting: Sequence[Estimate]) -> lis
         f"Data: {lengths.source}; {lengths.num_queries:,} queries and {lengths.total_tokens:,} tokens an epoch, times "
         f"{run.epochs:g}; longest {run.longest_tokens} tokens at a cutoff of {run.cutoff_len_tokens}: {cut}.",
         f"Padding: at batch {explained.batch_size} it takes {100 * padding.padding_frac:.0f} % of all slots; "
-        f"{number(padding.expected_slots_per_step, 4)} slots a step, and {explained.num_steps:,.0f} steps in all.",
+        f"{padding.expected_slots_per_step:,.0f} slots a {'micro-batch' if accumulates else 'step'}, and "
+        f"{explained.num_steps:,.0f} {'optimizer ' if accumulates else ''}steps in all.",
     ]
     lines += [line for each in fitting if (line := _papers_batch(run, each))]
-    for each in fitting:
-        if each.faster_batch_size is not None:
-            lines.append(
-                f"{each.device.name}: batch {each.faster_batch_size} would take less time, {number(each.faster_hours)} "
-                f"h, for it pads less. It also makes more optimizer steps of an epoch."
-            )
-    if found.calibration is not None:
-        lines.append(f"Time: {found.calibration}.")
+    lines += [line for each in fitting if (line := _other_batch(each))]
+    lines += _calibration(found, fitting)
     bases = dict.fromkeys(each.step.basis for each in fitting if each.step is not None)
     shown = [basis for basis in bases if basis == (explained.step.basis if explained.step else "")]
     lines.append(f"Time on {explained.device.name} rests on {shown[0]}. An interval is of 90 %, and of the whole run.")
     if any(each.step is not None and each.step.is_extrapolated for each in fitting):
         lines.append(f"{_EXTRAPOLATED}: nothing was ever measured on that GPU, or of this way of training it.")
+    for each in fitting:
+        beyond = each.step.slots_over_measured if each.step else None
+        if beyond is not None and beyond > _FAR_BEYOND_MEASURED:
+            lines.append(
+                f"{each.device.name}: its batches have {number(beyond, 2)} times the slots of the largest measured "
+                "there; beyond that time goes by counts of work alone."
+            )
     lines += _money_and_energy(found, fitting)
     return [*lines, *run.notes]
+
+
+def _other_batch(each: Estimate) -> str | None:
+    """How the batch stands to the largest that fits."""
+    name = each.device.name
+    if each.max_batch_hours is not None:
+        return (
+            f"{name}: batch {each.batch_size} takes least time; {each.max_batch_size} fit, which would take "
+            f"{_digits(each.max_batch_hours)} h, for they pad more (--batch max). It also makes more optimizer steps "
+            "of an epoch."
+        )
+    if each.faster_batch_size is not None and each.faster_hours is not None:
+        return (
+            f"{name}: batch {each.faster_batch_size} would take less time, {_digits(each.faster_hours)} h, for it pads "
+            "less. It also makes more optimizer steps of an epoch."
+        )
+    return None
+
+
+def _calibration(found: Answer, fitting: Sequence[Estimate]) -> list[str]:
+    """What the user's points are, and what they changed about the step that each answer is of."""
+    made = found.calibration
+    if made is None:
+        return []
+    lines = [f"Time: {made}."]
+    for each in fitting:
+        name, before, after = each.device.name, each.step_before, each.step
+        if before is None or after is None:
+            continue
+        hosts = made.hosts(name)
+        whose = "" if hosts else f" (no point is of it: the points are of {', '.join(made.devices)})"
+        widths = [100 * (math.sqrt(step.high_s / step.low_s) - 1) for step in (before, after)]
+        lines.append(
+            f"Calibration changed the step on {name}{whose}: its 90 % interval from +-{widths[0]:.0f} % to "
+            f"+-{widths[1]:.0f} %, its median by {100 * (after.median_s / before.median_s - 1):+.0f} %."
+        )
+        if len(hosts) > 1:
+            lines.append(f"The points of {name} are of {len(hosts)} hosts; the answer is for {hosts[0]}.")
+    return lines
 
 
 def _papers_batch(run: Run, each: Estimate) -> str | None:
     """What the paper's A40 held, where it is the same model and data: far less, which would surprise its readers."""
     family, dataset = run.model.family, run.lengths.source.partition(":")[0]
-    if family is None or each.device.name != paper.GPU or each.batch_size != each.max_batch_size:
+    if family is None or each.device.name != paper.GPU or each.batch_size is None:
+        return None
+    if each.batch_size != each.max_batch_size and each.max_batch_hours is None:  # a batch of the user's own
         return None
     if not family.is_papers_model(run.model.config, run.model.config["num_hidden_layers"]):
         return None
@@ -228,16 +296,27 @@ def _money_and_energy(found: Answer, fitting: Sequence[Estimate]) -> list[str]:
     if unpriced:
         lines.append(f"No price is known for {', '.join(unpriced)}: give one, as --price a40=0.37.")
     if prices and len(fitting) > 1:
-        lines.append("break-even: USD an hour at which a GPU is as dear for this run as the cheapest; above it, stay.")
+        lines.append(
+            "break-even: USD an hour at which a GPU is as dear for this run as the cheapest; above it, "
+            "the cheapest stays cheaper."
+        )
     if any(each.power is not None and each.power.kind == BOUND for each in fitting):
         lines.append(
-            "kWh: < is an upper bound, the board's power for all hours. Points with measured energy replace it."
+            "kWh: < is an upper bound, the board's power for the upper end of the hours. Points with measured energy "
+            "replace it."
         )
+    if found.calibration is not None:
+        lines += [
+            f"kWh of {each.device.name} stays a bound: {each.power.why_bound}."
+            for each in fitting
+            if each.power is not None and each.power.kind == BOUND
+        ]
     for each in fitting:
-        if each.power is not None and each.power.kind != BOUND:
+        if each.power is not None and each.power.kind != BOUND and each.energy_kwh_interval is not None:
             lines.append(
                 f"kWh of {each.device.name}: {number(each.power.watts)} W, {each.power.source}; "
-                f"{number(each.energy_j_per_query)} J a query."
+                f"{number(each.energy_j_per_query)} J a query, {_digits(each.energy_kwh_interval.low or 0)} to "
+                f"{_digits(each.energy_kwh_interval.high)} kWh."
             )
     return [*lines, "kWh is of the GPU alone, without its machine and cooling."]
 
@@ -270,38 +349,3 @@ def _terms(each: Estimate) -> str:
         f"\n\n{text_table(('term', 'GiB'), held, left_columns=1)}\n\n"
         f"Time of a step there, at the slots of a usual batch:\n\n{text_table(('term', 's'), shown, left_columns=1)}"
     )
-
-
-# --- the paper's ---
-
-
-def paper_text(found: Sequence[PaperEstimate]) -> str:
-    """The paper's own method: a line for each GPU, and what must be known to read it."""
-    lines = []
-    for each in found:
-        where = each.gpu or f"{each.gpu_memory_gb:g} GB"
-        ran = each.paper_max_batch_size
-        beside = f" (the paper ran up to {ran})" if ran not in (None, each.batch_size) else ""
-        parts = [f"{each.batch_size} per batch{beside}"]
-        if each.queries_per_s is not None:
-            parts.append(f"{number(each.queries_per_s)} queries/s")
-        if each.hours is not None:
-            parts.append(f"{number(each.hours)} h")
-        if each.cost_usd is not None:
-            parts.append(f"{_money(each.cost_usd)} USD ({each.price_usd_per_hour:g} USD/h; {each.price_source})")
-        lines.append(f"{where}: {', '.join([*parts, *each.missing])}")
-    first = found[0]
-    notes = [
-        f"By the paper's own method (arXiv 2408.04693, section V): {first.model} {first.sparsity}, {first.dataset}, "
-        f"{first.num_queries:,.0f} queries x {first.epochs:g} epochs, batch by Equation 1 at {first.seq_len_tokens} "
-        f"tokens ({first.memory_set} constants), queries/s by Equation 2 ({first.throughput_set} constants).",
-        "It has no interval, no length in Equation 2, and its own software of 2024; docs/paper_model.md has how far it "
-        "is off.",
-    ]
-    if first.dataset == "math":
-        notes.append(
-            "Table IV prints 32.7 (A40), 25.4 (A100 80 GB) and 17.9 USD (H100), from throughput measured at batch 4, "
-            "17 and 17, for 10 epochs of 15,000 queries. That is the size of CS; its text says MATH, which has 13,921. "
-            "--queries 15000 --epochs 10, and --batch 17 for the two GPUs of 80 GB, go by that."
-        )
-    return "\n".join(lines) + "\n\n" + "\n".join(notes)

@@ -54,9 +54,15 @@ def _block(group: pd.DataFrame, preset: str) -> str:
     if preset == "slice":
         header[4:4] = ["layers", "q/s all layers", "its interval"]
     rows = [_cells(row, preset) for row in records(group)]
+    # What tells rows apart that would look alike.
+    apart = [name for name in ("model", "moe") if group[name].nunique() > 1]
+    rows = [[*(str(row[name]) for name in apart), *cells] for row, cells in zip(records(group), rows, strict=True)]
+    header = [*({"moe": "MoE path"}.get(name, name) for name in apart), *header]
     # What this machine cannot say (no GPU: no memory, energy or MFU) is said once in the footer, not in every row.
     kept = [i for i, name in enumerate(header) if name in _ALWAYS_SHOWN or any(row[i] != "-" for row in rows)]
-    return text_table([header[i] for i in kept], [[row[i] for i in kept] for row in rows], left_columns=_LEFT_COLUMNS)
+    return text_table(
+        [header[i] for i in kept], [[row[i] for i in kept] for row in rows], left_columns=len(apart) + _LEFT_COLUMNS
+    )
 
 
 def _cells(row: dict[str, Any], preset: str) -> list[str]:

@@ -18,6 +18,7 @@ from tunescope import dataset_files as files
 from tunescope.data import synthetic
 from tunescope.errors import UserError
 from tunescope.families import FAMILIES, find_family
+from tunescope.families.family import GROUPED
 from tunescope.models import folder, tokenizer
 from tunescope.train.workload import Workload
 
@@ -44,8 +45,17 @@ def run_workload(workload: Workload, scratch_dir: Path, callbacks: Iterable[Trai
 
     arguments, facts = prepare(workload, scratch_dir)
     with engine_errors(), contextlib.suppress(_StopBeforeSaving):
-        run_exp(dict(arguments), callbacks=[*callbacks, _SkipSaving()])
+        run_exp(dict(arguments), callbacks=[*_switches(workload), *callbacks, _SkipSaving()])
     return facts
+
+
+def _switches(workload: Workload) -> list[TrainerCallback]:
+    """What changes the loaded model before anything watches it."""
+    if workload.moe != GROUPED:
+        return []
+    from tunescope.models.fast_moe import AccelerateMoe
+
+    return [AccelerateMoe()]
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ class Workload:
     data_entry: LLaMA-Factory's description of the user's data file, None for synthetic queries.
     num_samples: queries in the training set.
     max_steps: optimizer steps at most; None: as many epochs as the recipe says.
+    moe: path that the loaded model's MoE blocks are switched to; None: as the model has them.
     """
 
     point: Point
@@ -26,9 +27,15 @@ class Workload:
     num_samples: int
     max_steps: int | None
     use_cpu: bool
+    moe: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All but where files lie, which differs between machines and changes nothing that is trained."""
+        """All but where files lie, which differs between machines and changes nothing that is trained.
+
+        Without what is left as it is, so that points measured before it existed keep their identity.
+        """
         content = asdict(self)
+        if self.moe is None:
+            del content["moe"]
         del content["model_dir"], content["data_entry"]
         return content
