@@ -278,6 +278,15 @@ OPERATORS: list[tuple[tuple[str, str, str, str, str], str]] = [
     ((BLOCK, "", "aten::index_add_", "aten::index_add_", "indexFuncLargeIndex"), "gather/scatter/index"),
     ((BLOCK, "IndexBackward0", "aten::_index_put_impl_", "aten::mul", "AUnaryFunctor"), "gather/scatter/index"),
     ((f"{EXPERT}.w1.base_layer", "", "aten::empty_like", "aten::fill_", "Memset (Device)"), "rest of the NF4 linears"),
+    # The grouped path: all experts in the block itself.
+    ((BLOCK, "", "_Experts", "_Experts", "forward_kernel"), "matmul(experts) decoding"),
+    ((BLOCK, "_ExpertsBackward", "_ExpertsBackward", "_ExpertsBackward", "dx_kernel"), "matmul(experts) decoding"),
+    ((BLOCK, "", "aten::_grouped_mm", "aten::_grouped_mm", "void cutlass::device_kernel<at::cuda>"), "matmul(experts)"),
+    ((BLOCK, "", "_Experts", "_Experts", "dequantize_kernel"), "experts_dequant"),
+    ((BLOCK, "", "_Experts", "_Experts", "scales_kernel"), "scales_dequant"),
+    ((BLOCK, "", "_Experts", "_Experts", "gated_silu_kernel"), "activation"),
+    ((BLOCK, "_ExpertsBackward", "_ExpertsBackward", "_ExpertsBackward", "gated_silu_backward_kernel"), "activation"),
+    ((BLOCK, "", "_Experts", "_Experts", "gather_sum_kernel"), "gather/scatter/index"),
     ((".block_sparse_moe.experts", "", "aten::abs", "aten::abs", "k"), "other"),
 ]  # fmt: skip
 

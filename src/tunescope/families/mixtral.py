@@ -93,6 +93,7 @@ _SCALES = (
     r"\|bitsandbytes::dequantize_blockwise\||kDequantizeBlockwise<[^|]*\D0>"
     r"|(MatMul4BitBackward\|[^|]*|MatMul4Bit|bitsandbytes::\w+)\|aten::add_?\|(?![^|]*(BFloat16|Half))[^|]*$"
 )
+_END = r"[^|:]*$"  # of a kernel's name
 # For few tokens bitsandbytes has kernels that decode while they multiply.
 _FUSED = r"\|[^|:]*gemm_4bit[^|:]*$"
 
@@ -117,6 +118,12 @@ def nf4_moe_rules(expert_linear: str, router: str, block: str, expert: str, line
         OpRule("activation", r"\.act_fn$"),
         OpRule("softmax", block, r"[sS]oftmax"),
         OpRule("topk", block, r"topk|Topk"),
+        # Of the grouped path, which computes all experts in the block itself.
+        OpRule("matmul(experts) decoding", block, rf"\|(forward|dx)_kernel{_END}"),
+        OpRule("matmul(experts)", block, r"\|aten::_grouped_mm\|[^|]*$"),
+        OpRule("experts_dequant", block, rf"\|dequantize_kernel{_END}"),
+        OpRule("scales_dequant", block, rf"\|scales_kernel{_END}"),
+        OpRule("activation", block, rf"\|gated_silu_(backward_)?kernel{_END}"),
         # Everything else in the block itself sends tokens to experts and brings them back, copies included.
         OpRule("gather/scatter/index", block),
         OpRule("elementwise_mult", expert),
@@ -132,7 +139,8 @@ def nf4_moe_order(first: str, second: str, third: str) -> tuple[str, ...]:
     names = (first, second, third)
     return (
         *(f"matmul({name})" for name in names), *(f"matmul({name}) decoding" for name in names),
-        *(f"{name}_dequant" for name in names), "scales_dequant", "rest of the NF4 linears", "matmul(lora)",
+        "matmul(experts)", "matmul(experts) decoding", *(f"{name}_dequant" for name in names), "experts_dequant",
+        "scales_dequant", "rest of the NF4 linears", "matmul(lora)",
         "lora scaling and adding", "casts and copies", "activation", "elementwise_mult", "matmul(router)",
         "matmul(router) decoding", "router_dequant", "softmax", "topk", "gather/scatter/index",
         "gradient accumulation", "other",
@@ -140,6 +148,7 @@ def nf4_moe_order(first: str, second: str, third: str) -> tuple[str, ...]:
 
 
 NF4_NOTE = (
+    "matmul(experts): of the grouped path, all experts and their adapters in one launch. "
     "backward of a matmul is the gradient of its input, and for LoRA of its weights too. scales_dequant: NF4's scales, "
     "themselves quantised, are decoded before each use."
 )
