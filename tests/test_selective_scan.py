@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -388,7 +387,7 @@ def test_float64_is_not_for_triton() -> None:
 
 
 def test_a_cpu_is_not_for_triton_unless_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(UserError, match="on cpu"):
         scan("triton", {name: tensor.cpu() for name, tensor in inputs(2, 1, 5, 2).items()})
 
