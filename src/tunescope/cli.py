@@ -57,6 +57,7 @@ MaxSeconds = Annotated[
 MemoryBudgetGib = Annotated[float | None, typer.Option(help="use no more GPU memory than this")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="folder with measured points, at any depth")]
 Format = Annotated[str, typer.Option(help="text, csv or json")]
+Plot = Annotated[Path | None, typer.Option(help="draw the figure into this file, too: .svg, .png or .pdf")]
 
 
 @run_app.command("throughput")
@@ -221,8 +222,12 @@ def _guess_max_batch(spec: "PointSpec", gpu: "Gpu | None") -> int | None:
 
 
 @table_app.command("throughput")
-def table_throughput(folder: Folder, format: Format = "text") -> None:
+def table_throughput(folder: Folder, format: Format = "text", plot: Plot = None) -> None:
     """Figure 8: queries/s, one row a bar, the paper's A40 beside it."""
+    if plot is not None:
+        from tunescope.report.figures.plots import plot_throughput
+
+        plot_throughput(folder, plot)
     from tunescope.report.throughput import print_throughput
 
     if not print_throughput(folder, format):
@@ -234,8 +239,13 @@ def table_latency(
     folder: Folder,
     format: Format = "text",
     layer: Annotated[int | None, typer.Option(help="one decoder layer, from 0, instead of their sum")] = None,
+    plot: Plot = None,
 ) -> None:
     """Figures 4, 5 and 11, and what the profiler sees of Figure 6: phases, layers, operators, memory, experts."""
+    if plot is not None:
+        from tunescope.report.figures.plots import plot_latency
+
+        plot_latency(folder, plot)
     from tunescope.report.latency import print_latency
 
     if not print_latency(folder, format, layer):
@@ -247,19 +257,31 @@ Metric = Annotated[str | None, typer.Option(help="another counter instead, as dr
 
 
 @table_app.command("sm")
-def table_sm(folder: Folder, format: Format = "text", phase: Phase = "all", metric: Metric = None) -> None:
+def table_sm(
+    folder: Folder, format: Format = "text", phase: Phase = "all", metric: Metric = None, plot: Plot = None
+) -> None:
     """Figures 6 and 9: SM utilisation of the MoE layer's kernels, the paper's A40 beside it."""
     from tunescope.report.kernels import SM, print_utilization
 
+    if plot is not None:
+        from tunescope.report.figures.plots import plot_utilization
+
+        plot_utilization(folder, "sm", plot)
     if not print_utilization(folder, SM, format, phase, metric):
         raise typer.Exit(UserError.EXIT_CODE)
 
 
 @table_app.command("mem")
-def table_mem(folder: Folder, format: Format = "text", phase: Phase = "all", metric: Metric = None) -> None:
+def table_mem(
+    folder: Folder, format: Format = "text", phase: Phase = "all", metric: Metric = None, plot: Plot = None
+) -> None:
     """Figures 6 and 10: memory utilisation of the MoE layer's kernels, as the paper counts it, and of DRAM."""
     from tunescope.report.kernels import MEMORY, print_utilization
 
+    if plot is not None:
+        from tunescope.report.figures.plots import plot_utilization
+
+        plot_utilization(folder, "mem", plot)
     if not print_utilization(folder, MEMORY, format, phase, metric):
         raise typer.Exit(UserError.EXIT_CODE)
 
@@ -282,7 +304,7 @@ def table_roofline(
     folder: Folder,
     format: Format = "text",
     phase: Phase = "all",
-    plot: Annotated[Path | None, typer.Option(help="draw it into this file too: .png, .svg or .pdf")] = None,
+    plot: Plot = None,
 ) -> None:
     """Operators of the MoE layer against the GPU's ceilings: bound by compute, memory or latency."""
     from tunescope.report.roofline import print_roofline
@@ -389,6 +411,22 @@ def estimate(
         moe_path=moe,
     ):
         raise typer.Exit(UserError.EXIT_CODE)
+
+
+@app.command("report")
+def report(
+    folder: Folder,
+    other: Annotated[Path | None, typer.Argument(metavar="[DIR2]", help="points to compare with")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder of the page and its figures")] = Path("report"),
+    png: Annotated[bool, typer.Option("--png", help="figures as PNG, too")] = False,
+    pdf: Annotated[bool, typer.Option("--pdf", help="figures as PDF, too")] = False,
+    price: Annotated[list[str] | None, typer.Option(help="GPU=USD_PER_HOUR, as a40=0.37; repeatable")] = None,
+) -> None:
+    """Figures and one HTML page of whatever points DIR holds; of two folders, compared."""
+    from tunescope.cost.prices import read_user_prices
+    from tunescope.report.page.build import write_report
+
+    typer.echo(write_report(folder, other, out, png=png, pdf=pdf, prices=read_user_prices(price or ())))
 
 
 @app.command("train", context_settings={"allow_interspersed_args": True})
