@@ -18,7 +18,6 @@ where rows are more than 512 per expert.
 """
 
 import argparse
-import csv
 import itertools
 import statistics
 import sys
@@ -35,6 +34,7 @@ from torch.nn import functional
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 
+from csv_rows import append  # noqa: E402
 from scan_and_conv import MAX_HOST_REPEATS, Timer, captured, conditions, copy_bytes_per_s  # noqa: E402
 
 from tunescope.kernels import nf4_triton  # noqa: E402
@@ -346,17 +346,6 @@ def versions(on_gpu: bool) -> dict[str, Any]:
     return found
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    is_new = not path.exists()
-    if not is_new and next(csv.reader([path.read_text(encoding="utf-8").partition("\n")[0]])) != list(COLUMNS):
-        raise SystemExit(f"{path} has other columns than this version writes; name another file with --out")
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -394,7 +383,7 @@ def main() -> None:
             case = case_of(stack, direction, rows_per_expert)
             of_shape = {"shape": shape, "experts": num_experts, "out": num_out, "in": num_in}
             for row in measure(timer, case, list(options.implementations), device):
-                append(options.out, of_shape | row | same)
+                append(options.out, COLUMNS, of_shape | row | same)
                 print({key: (of_shape | row)[key] for key in SHOWN}, flush=True)
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "report": {"analyze", "cost", "base"},
 }
 # The ends of the arrows: commands. They may import every part; none of the parts may import them.
-COMMANDS = {"accelerate", "cli", "__main__", "doctor", "download", "_bootstrap", "_environment", "_venv"}
+COMMANDS = {"accelerate", "cli", "cli_tables", "__main__", "doctor", "download", "_bootstrap", "_environment", "_venv"}
 ROOT = "tunescope"  # the package itself: a version, no code
 TORCH_FREE = BASE | {"analyze", "cost", "report"}
 HEAVY = ("torch", "transformers", "llamafactory", "bitsandbytes", "datasets", "peft", "trl", "accelerate")
