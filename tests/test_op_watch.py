@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tunescope.measure.module_calls import ModuleCalls
 from tunescope.measure.op_watch import OUTSIDE, OpWatch, Place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,18 +38,13 @@ class Stack(nn.Module):
 
 def places_of(model: nn.Module, step: Any) -> Counter[tuple[str, str, str]]:
     """(module, phase, operator) -> calls."""
-    calls = ModuleCalls(model)
-    paths = {
-        number: path
-        for path, number in zip((p for p, _ in model.named_modules()), calls.module_ids.values(), strict=True)
-    }
     seen: Counter[tuple[str, str, str]] = Counter()
 
     def watch(place: Place, func: Any, args: Any, kwargs: Any, call: Any) -> Any:
-        seen[paths.get(place.module, "outside"), place.phase, place.op] += 1
+        seen[watcher.paths.get(place.module, "outside"), place.phase, place.op] += 1
         return call()
 
-    watcher = OpWatch(model, calls.module_ids, watch)
+    watcher = OpWatch(model, watch)
     watcher.install()
     with watcher:
         step()

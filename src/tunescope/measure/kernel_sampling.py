@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerCallback
 
-from tunescope.measure.module_calls import ModuleCalls
 from tunescope.measure.ncu import SAMPLE
 from tunescope.measure.op_watch import Operator, OpWatch, Place
 from tunescope.measure.op_work import Work, work_of
@@ -111,10 +110,9 @@ class SampledStep(TrainerCallback):
         self._num_calls: dict[Kind, int] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        ids = ModuleCalls(model).module_ids
-        self._paths = {number: path for (path, _), number in zip(model.named_modules(), ids.values(), strict=True)}
+        self._watch = OpWatch(model, self._see)
+        self._paths = self._watch.paths
         self._wanted = {number for number, path in self._paths.items() if self.is_wanted(path)}
-        self._watch = OpWatch(model, ids, self._see)
         self._num_steps = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -38,12 +38,15 @@ Watcher = Callable[[Place, Any, tuple[Any, ...], dict[str, Any], Operator], Any]
 class OpWatch(TorchDispatchMode):
     """While entered, every operator that training calls goes through `watcher(place, func, args, kwargs, call)`, which
     returns what `call()` gives. `install` and `remove` put hooks on the model's modules; both must be around it.
+
+    paths: a module's number -> its path.
     """
 
-    def __init__(self, model: torch.nn.Module, module_ids: dict[torch.nn.Module, int], watcher: Watcher) -> None:
+    def __init__(self, model: torch.nn.Module, watcher: Watcher) -> None:
         super().__init__()
-        self._model = model
-        self._module_ids = module_ids
+        named = list(model.named_modules())
+        self._module_ids = {module: number for number, (_, module) in enumerate(named)}
+        self.paths = {number: path for number, (path, _) in enumerate(named)}
         self.watcher = watcher
         self._handles: list[Any] = []
         self._threads = threading.local()

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import flop_registry
 from transformers import TrainerCallback
 
 from tunescope.families.family import NF4_BLOCK_WEIGHTS, NF4_NESTED_BLOCK
-from tunescope.measure.module_calls import ModuleCalls
 from tunescope.measure.op_watch import Operator, OpWatch, Place
 
 DECODE_SCALES, DECODE, MATMUL = (
@@ -104,9 +103,7 @@ class OpWorkStep(TrainerCallback):
         self._sums: dict[tuple[str, str, str, str], list[int]] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        ids = ModuleCalls(model).module_ids
-        self._paths = {number: path for (path, _), number in zip(model.named_modules(), ids.values(), strict=True)}
-        self._watch = OpWatch(model, ids, self._count)
+        self._watch = OpWatch(model, self._count)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.STEP:
@@ -121,7 +118,7 @@ class OpWorkStep(TrainerCallback):
     def _count(self, place: Place, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Operator) -> Any:
         output = call()
         for work in work_of(place.op, func, args, kwargs, output):
-            key = (self._paths.get(place.module, ""), place.phase, place.node, work.op)
+            key = (self._watch.paths.get(place.module, ""), place.phase, place.node, work.op)
             sums = self._sums.setdefault(key, [0, 0, 0, 0])
             for at, more in enumerate((1, work.flop, work.read_bytes, work.written_bytes)):
                 sums[at] += more
