@@ -125,8 +125,8 @@ def test_mfu_by_hand(tmp_path: Path) -> None:
     row = only_row(tmp_path)
     forward = MIXTRAL.forward_flop(MIXTRAL.config_at(MIXTRAL.full, 32, 2), recipe())
     peak = 149.7e12 * 2
-    model = flops.train_flop(forward, 400, 4 * 100**2 / 2, recompute=False)
-    hardware = flops.train_flop(forward, 416, 4 * 104**2 / 2, recompute=True)
+    model = flops.train_flop(forward, 400, 4 * 100**2 / 2, recompute_frac=0)
+    hardware = flops.train_flop(forward, 416, 4 * 104**2 / 2, recompute_frac=1)
     assert row["mfu_pct"] == pytest.approx(100 * model / peak)
     assert row["hfu_pct"] == pytest.approx(100 * hardware / peak)
     assert row["mfu_pct"] < row["hfu_pct"] < 100

@@ -24,12 +24,16 @@ _ALIGNED_BYTES = 16  # and a rank is padded to rows of such multiples
 
 
 def accelerate_moe(
-    model: "nn.Module", *, recompute: str = "all", step_memory: StepMemory | None = None
+    model: "nn.Module",
+    *,
+    recompute: str | tuple[int, ...] = "all",
+    step_memory: StepMemory | None = None,
+    graphs: bool = False,
 ) -> "AcceleratedMoe":
     """Computes every MoE block of a live Mixtral or Qwen3-MoE grouped. See tunescope.models.fast_moe."""
     from tunescope.models import fast_moe
 
-    return fast_moe.accelerate_moe(model, recompute=recompute, step_memory=step_memory)
+    return fast_moe.accelerate_moe(model, recompute=recompute, step_memory=step_memory, graphs=graphs)
 
 
 def step_memory(
@@ -48,7 +52,7 @@ def step_memory(
 
     config, recipe, batch_size, seq_len_tokens: of the largest batch to come, as for cost.memory.memory_terms, and so
     are further arguments and errors. gpu_memory_bytes, context_bytes, fragmentation_frac: as for max_batch_size there.
-    The working set counts one projection of all experts decoded from NF4, which many tokens need and few do not.
+    The working set counts projections of all experts decoded from NF4, which many tokens need and few do not.
     """
     recipe = dict(recipe) | {"disable_gradient_checkpointing": False}
     moments = memory.memory_terms(config, recipe, batch_size, seq_len_tokens, **settings)
@@ -114,8 +118,9 @@ def grouped_layer(shape: Decoder, setup: Setup, batch: Batch) -> LayerMemory:
         input=stock.input,
         saved_input=stock.saved_input,
         forward_working=2 * hidden + outer + 3 * inner + copies + decoded,
-        recompute_working=3 * hidden + outer + inner + decoded,
-        backward_working=hidden + max(outer + 4 * inner + decoded, 3 * outer + 2 * inner + decoded + gradients),
+        # Gate and up stay decoded from a recompute to the end of the backward that it is for.
+        recompute_working=3 * hidden + outer + inner + 2 * decoded,
+        backward_working=hidden + max(outer + 4 * inner + 3 * decoded, 3 * outer + 2 * inner + 2 * decoded + gradients),
     )
 
 

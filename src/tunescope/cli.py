@@ -50,6 +50,13 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="list the points and sto
 Fresh = Annotated[bool, typer.Option("--fresh", help="measure again what is done; old results move to superseded/")]
 Scan = Annotated[str, typer.Option(help="BlackMamba's selective scan: auto, triton, mamba-ssm or reference")]
 Moe = Annotated[str, typer.Option(help="how experts run: auto, stock or grouped; BlackMamba's grouped or loop")]
+Recompute = Annotated[
+    str | None,
+    typer.Option(
+        help="gradient checkpointing: auto, in as many layers as memory needs (grouped); none; else the recipe's"
+    ),
+]
+Graphs = Annotated[bool, typer.Option(help="grouped experts: replay steps as CUDA graphs")]
 Reentrant = Annotated[bool, typer.Option("--reentrant", help="reentrant gradient checkpointing (the study: not)")]
 MaxSeconds = Annotated[
     float | None, typer.Option(help="after 20 steps, time a point no longer than this; else 600, breakdowns 60")
@@ -72,6 +79,8 @@ def run_throughput(
     reentrant: Reentrant = False,
     scan: Scan = "auto",
     moe: Moe = "auto",
+    recompute: Recompute = None,
+    graphs: Graphs = True,
     max_seconds: MaxSeconds = None,
     memory_budget_gib: MemoryBudgetGib = None,
 ) -> None:
@@ -97,6 +106,7 @@ def run_latency(
     reentrant: Reentrant = False,
     scan: Scan = "auto",
     moe: Moe = "auto",
+    recompute: Recompute = None,
     max_seconds: MaxSeconds = None,
     memory_budget_gib: MemoryBudgetGib = None,
 ) -> None:
@@ -190,7 +200,7 @@ def _run(
     options = Options(
         kind=kind, points=None if points is None else " ".join(points), datasets=tuple(dataset or ()), **others
     )
-    plan = make_plan(options)
+    plan = make_plan(options, _layers_to_recompute)
     out_dir = out if out is not None else PROJECT_ROOT / "profile_data" / options.model / options.kind
     if dry_run:
         typer.echo(f"preset {plan.size.preset}: {plan.size.reason}; results in {out_dir}")
@@ -206,6 +216,16 @@ def _run(
     typer.echo(f"Table: python3 {parser} {_short(out_dir)}")
     if counts.get("failed"):
         raise typer.Exit(1)
+
+
+def _layers_to_recompute(
+    config: dict[str, Any], recipe: dict[str, Any], batch_size: int, longest_tokens: int, gpu_memory_bytes: int
+) -> tuple[int, ...]:
+    from tunescope.accelerate import step_memory
+    from tunescope.models.fast_moe_recompute import choose_checkpointed_layers
+
+    memory = step_memory(config, recipe, batch_size, longest_tokens, gpu_memory_bytes)
+    return choose_checkpointed_layers(config["num_hidden_layers"], memory)
 
 
 def _guess_max_batch(spec: "PointSpec", gpu: "Gpu | None") -> int | None:

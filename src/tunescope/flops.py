@@ -64,17 +64,15 @@ def lora_forward_flop(
     )
 
 
-def train_flop(forward: ForwardFlop, tokens: float, token_keys: float, *, recompute: bool) -> float:
+def train_flop(forward: ForwardFlop, tokens: float, token_keys: float, *, recompute_frac: float) -> float:
     """FLOP of training on `tokens` tokens.
 
     token_keys: keys seen, summed over the tokens; a causal query of n tokens sees about n * n / 2.
     Frozen linears need forward and input gradient (4 FLOP a weight and token), trained ones also weight gradients (6),
-    attention twice its forward again. recompute: gradient checkpointing runs the layers' forward once more; leave it
-    out for MFU, count it for HFU.
+    attention twice its forward again. recompute_frac: the share of layers whose forward gradient checkpointing runs
+    once more; 0 for MFU, which leaves it out.
     """
     trained_and_attention = forward.trained * tokens + forward.attention_per_key * token_keys
     head = (3 if forward.head_is_trained else 2) * forward.head * tokens
     total = 2 * forward.frozen * tokens + head + 3 * trained_and_attention
-    if recompute:
-        total += forward.frozen * tokens + trained_and_attention
-    return total
+    return total + recompute_frac * (forward.frozen * tokens + trained_and_attention)

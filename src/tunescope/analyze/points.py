@@ -113,9 +113,19 @@ def _launched(content: dict[str, Any]) -> Row:
         "weights": content["weights"]["kind"],
         "data": content["data"]["kind"],
         "moe": content["moe"],
+        "recompute_frac": recompute_frac(content),
+        "cuda_graphs": bool(content.get("graphs")),
         "scan": content["model_config"].get("scan"),
         "is_papers_model": family.is_papers_model(content["model_config"], point.total_layers),
     }
+
+
+def recompute_frac(content: dict[str, Any]) -> float:
+    """The share of a point's decoder layers whose forward is run again in backward. content: its point.json."""
+    if content["recipe"].get("disable_gradient_checkpointing", False):
+        return 0.0
+    layers = content.get("checkpointed_layers")
+    return 1.0 if layers is None else len(layers) / int(content["model_config"]["num_hidden_layers"])
 
 
 def _own_trainer(attached: dict[str, Any]) -> Row:
@@ -134,6 +144,8 @@ def _own_trainer(attached: dict[str, Any]) -> Row:
         "weights": OWN,
         "data": OWN,
         "moe": OWN,
+        "recompute_frac": None,
+        "cuda_graphs": None,
         "scan": None,
         "is_papers_model": False,
     }
@@ -145,8 +157,10 @@ def _setup_hash(point: dict[str, Any], environment: dict[str, Any]) -> str:
     The machine is part of it: one GPU beside two CPUs took 1.4 and 2.2 s for the same step (docs/LOG.md).
     """
     nvml = (environment.get("gpu") or {}).get("nvml") or {}
-    setup = {
+    setup: dict[str, Any] = {
         **{key: point.get(key) for key in ("recipe", "weights", "data", "moe", "stack", "speed_settings", "use_cpu")},
+        # Of points that are older than these settings the digest stays what it was.
+        **{key: point[key] for key in ("checkpointed_layers", "graphs") if key in point},
         **{key: environment.get(key) for key in ("cpu", "cpu_cores", "python", "git_revision")},
         **{key: nvml.get(key) for key in ("driver_version", "power_limit_w")},
     }

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from tunescope import flops, paper, results
 from tunescope.analyze.intervals import bootstrap_ratios
-from tunescope.analyze.points import UNREADABLE, check_cells, identity, point_folders, read_row
+from tunescope.analyze.points import UNREADABLE, check_cells, identity, point_folders, read_row, recompute_frac
 from tunescope.analyze.slices import add_extrapolation
 from tunescope.config import THROUGHPUT
 from tunescope.families import find_family
@@ -30,7 +30,8 @@ SLOWED_REASONS = {
 
 COLUMNS = (
     "model", "dataset", "sparsity", "top_k", "num_experts", "per_device_batch_size", "seq_len_tokens", "preset",
-    "num_layers", "total_layers", "weights", "data", "tokenizer", "moe", "scan", "device", "status", "cause",
+    "num_layers", "total_layers", "weights", "data", "tokenizer", "moe", "recompute_frac",
+    "cuda_graphs", "scan", "device", "status", "cause",
     "queries_per_s", "queries_per_s_low", "queries_per_s_high", "interval_width_pct", "num_timed_steps",
     "num_warmup_steps", "step_s", "tokens_per_s", "padded_tokens_per_s", "queries_per_train_runtime_s", "mfu_pct",
     "hfu_pct", "peak_allocated_gib", "peak_reserved_gib", "gpu_energy_j_per_query", "gpu_power_w", "sm_clock_mhz",
@@ -130,19 +131,15 @@ def _utilisation(found: results.PointFolder, timed: dict[str, np.ndarray], total
     tokens = timed["tokens"].astype(float)
     # A causal query of n tokens sees n * n / 2 keys; queries of one batch are taken as of equal real length.
     real_keys = float((tokens * tokens / timed["num_queries"]).sum()) / 2
-    model_flop = flops.train_flop(forward, float(tokens.sum()), real_keys, recompute=False)
+    model_flop = flops.train_flop(forward, float(tokens.sum()), real_keys, recompute_frac=0)
     hardware_flop = flops.train_flop(
         forward,
         float(slots.sum()),
         float((slots * lengths).sum()) / 2,
-        recompute=_recomputes(found.point["recipe"]),
+        recompute_frac=recompute_frac(found.point),
     )
     peak = device.peak_bf16_flop_per_s * total_s
     return {"mfu_pct": 100 * model_flop / peak, "hfu_pct": 100 * hardware_flop / peak}
-
-
-def _recomputes(recipe: dict[str, Any]) -> bool:
-    return not recipe.get("disable_gradient_checkpointing", False)
 
 
 def _device(environment: dict[str, Any]) -> Device | None:

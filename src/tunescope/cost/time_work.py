@@ -167,7 +167,7 @@ def _decoder(
     setup = read_setup(recipe, shape.linears)
     micro_steps = int(recipe.get("gradient_accumulation_steps", 1))
     hit = num_hit_experts(shape.num_experts, shape.top_k, slots)
-    flop = train_flop(_decoder_flop(shape, setup), slots, keys, recompute=setup.is_checkpointed)
+    flop = train_flop(_decoder_flop(shape, setup), slots, keys, recompute_frac=float(setup.is_checkpointed))
     layer_launches = (
         2 * _NORM.in_step(setup)
         + _ATTENTION.in_step(setup)
@@ -326,7 +326,7 @@ def _blackmamba(
     return StepWork(
         launches=micro_steps * launches + _update_launches(num_trained, len(parameter_shapes(config)), setup),
         weight_bytes=micro_steps * read * _trained_bytes(setup),
-        matmul_flop=micro_steps * train_flop(forward, slots, keys, recompute=False),
+        matmul_flop=micro_steps * train_flop(forward, slots, keys, recompute_frac=0),
         activation_bytes=micro_steps * activation_bytes,
         scan_bytes=micro_steps * moved * num_mamba * mamba_numbers,
         optimizer_bytes=_optimizer_bytes(num_trained, setup),

@@ -131,12 +131,14 @@ def grouped_linear_nf4(
     *,
     lora_u_RQ: Tensor | None = None,
     lora_b_ENQ: Tensor | None = None,
+    dequantized_ENK: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """(R, N) in x's dtype: each expert's rows times its weights, x W^T, and u B^T on top where there are adapters.
 
     ends_E (int32): row behind the last one of each expert; the last is R. lora_u_RQ: x A^T, already scaled.
-    Without autograd: neither x nor u gets a gradient here.
+    Without autograd: neither x nor u gets a gradient here. dequantized_ENK: what dequantize() gives in x's dtype, if it
+    is there already; it is then multiplied, whatever the implementation.
 
     implementation: `triton` decodes the weights inside the product, for bf16 (other dtypes more slowly), and never
     writes them out. `dequantize` writes them all out in x's dtype and calls torch's grouped matmul. `reference` goes
@@ -151,11 +153,11 @@ def grouped_linear_nf4(
     if lora_b_ENQ is not None and tuple(lora_b_ENQ.shape) != (num_experts, num_out, rank):
         raise ValueError(f"lora_b_ENQ is {tuple(lora_b_ENQ.shape)}, not {(num_experts, num_out, rank)}")
     chosen = _choose(implementation, x_RK, stack, MAX_ROWS_PER_EXPERT_TRITON)
-    if chosen == "triton":
+    if chosen == "triton" and dequantized_ENK is None:
         from tunescope.kernels.nf4_triton import forward_triton
 
         return forward_triton(x_RK, stack, ends_E, lora_u_RQ, lora_b_ENQ)
-    weight_ENK = dequantize(stack, x_RK.dtype)
+    weight_ENK = dequantize(stack, x_RK.dtype) if dequantized_ENK is None else dequantized_ENK
     y_RN = _linear(x_RK, weight_ENK, ends_E, chosen)
     if lora_u_RQ is not None and lora_b_ENQ is not None:
         y_RN += _linear(*_aligned(lora_u_RQ.to(x_RK.dtype), lora_b_ENQ.to(x_RK.dtype)), ends_E, chosen)
@@ -169,6 +171,7 @@ def grouped_linear_nf4_dx(
     *,
     lora_du_RQ: Tensor | None = None,
     lora_a_EQK: Tensor | None = None,
+    dequantized_ENK: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """(R, K) in dy's dtype: the gradient of grouped_linear_nf4's x, dy W, and du A on top where there are adapters.
@@ -181,16 +184,22 @@ def grouped_linear_nf4_dx(
     if lora_a_EQK is not None and tuple(lora_a_EQK.shape) != (num_experts, rank, num_in):
         raise ValueError(f"lora_a_EQK is {tuple(lora_a_EQK.shape)}, not {(num_experts, rank, num_in)}")
     chosen = _choose(implementation, dy_RN, stack, MAX_ROWS_PER_EXPERT_TRITON_DX)
-    if chosen == "triton":
+    if chosen == "triton" and dequantized_ENK is None:
         from tunescope.kernels.nf4_triton import dx_triton
 
         return dx_triton(dy_RN, stack, ends_E, lora_du_RQ, lora_a_EQK)
-    weight_ENK = dequantize(stack, dy_RN.dtype)
+    weight_ENK = dequantize(stack, dy_RN.dtype) if dequantized_ENK is None else dequantized_ENK
     dx_RK = _linear(dy_RN, weight_ENK.transpose(1, 2), ends_E, chosen)
     if lora_du_RQ is not None and lora_a_EQK is not None:
         a_EKQ = lora_a_EQK.to(dy_RN.dtype).transpose(1, 2)
         dx_RK += _linear(*_aligned(lora_du_RQ.to(dy_RN.dtype), a_EKQ), ends_E, chosen)
     return dx_RK
+
+
+def dequantizes(rows: Tensor, stack: Nf4Stack) -> bool:
+    """Whether both products, of `auto`, would write the weights out for such rows, so that they may share them."""
+    both = (MAX_ROWS_PER_EXPERT_TRITON, MAX_ROWS_PER_EXPERT_TRITON_DX)
+    return all(_choose("auto", rows, stack, most) == "dequantize" for most in both)
 
 
 def _linear(x_RK: Tensor, weight_ENK: Tensor, ends_E: Tensor, implementation: str) -> Tensor:

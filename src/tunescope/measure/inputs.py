@@ -206,6 +206,22 @@ def moe_path(family: Family, wanted: str) -> str:
     return wanted
 
 
+def check_recompute(family: Family, wanted: str, recipe: dict[str, Any], *, is_grouped: bool) -> None:
+    """Raises UserError for a --recompute that is unknown or that the model cannot follow."""
+    if wanted not in ("auto", "none"):
+        raise UserError(f"--recompute {wanted}: there is no such setting", cure="use auto or none, or drop it")
+    if recipe.get("disable_gradient_checkpointing"):
+        raise UserError(
+            f"--recompute says how much to recompute, and the recipe of {family.name} recomputes nothing",
+            cure="drop --recompute",
+        )
+    if wanted == "auto" and not is_grouped:
+        raise UserError(
+            "--recompute auto chooses layer by layer, which the stock path cannot",
+            cure="add --moe grouped, or use --recompute none",
+        )
+
+
 def available_scan(family: Family, wanted: str, *, use_gpu: bool) -> str | None:
     """The selective scan that the flag --scan stands for on this machine; None for a model that has none.
 

@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ _PROTOCOLS = {  # (kind, is preset tiny)
 }
 
 
+# Of grouped experts on a GPU: the same AdamW, a launch for many parameters where it else takes a dozen.
+FUSED_OPTIMIZER = "adamw_torch_fused"
+
+# (config.json, recipe, batch size, slots of its longest query, bytes of GPU memory) -> numbers of layers to recompute
+ChooseLayers = Callable[[dict[str, Any], dict[str, Any], int, int, int], tuple[int, ...]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The flags of a `run` command; None and empty mean not given."""
@@ -51,6 +59,8 @@ class Options:
     reentrant: bool = False
     scan: str = "auto"
     moe: str = "auto"
+    recompute: str | None = None
+    graphs: bool = True
     memory_budget_gib: float | None = None
     max_seconds: float | None = None
     seq_len: int | None = None
@@ -186,8 +196,11 @@ def _is_ones_own_choice() -> bool:
     return bool(os.environ.get("TUNESCOPE_PYTHON")) or (bool(build) and not build.startswith("cu13"))
 
 
-def make_plan(options: Options) -> Plan:
-    """Every point with all its settings. Raises UserError before anything is started or written."""
+def make_plan(options: Options, choose_layers: ChooseLayers | None = None) -> Plan:
+    """Every point with all its settings. Raises UserError before anything is started or written.
+
+    choose_layers: which layers to recompute under --recompute auto.
+    """
     _check_options(options)
     points = _points(options)
     gpu = choose_gpu(options.gpu)
@@ -220,6 +233,13 @@ def make_plan(options: Options) -> Plan:
     scan = inputs.available_scan(family, options.scan, use_gpu=gpu is not None)
     moe = inputs.moe_path(family, options.moe)
     moe_in_config = {"moe": moe} if moe != family.moe_path and family.is_moe_in_config else {}
+    is_switched = moe != family.moe_path and not family.is_moe_in_config
+    if options.recompute is not None:
+        inputs.check_recompute(family, options.recompute, recipe, is_grouped=is_switched)
+        if options.recompute == "none":
+            recipe["disable_gradient_checkpointing"] = True
+    if is_switched and gpu is not None:
+        recipe["optim"] = FUSED_OPTIMIZER
 
     model_dir = inputs.find_model_dir(options.model, options.preset, options.model_path)
     base = inputs.checked_config(model_dir, family) if model_dir else family.full
@@ -246,7 +266,8 @@ def make_plan(options: Options) -> Plan:
         options=options,
         recipe=recipe,
         full_config=base | ({"scan": scan} if scan else {}) | moe_in_config,
-        moe=None if moe == family.moe_path or family.is_moe_in_config else moe,
+        moe=moe if is_switched else None,
+        choose_layers=choose_layers,
         model_dir=model_dir,
         weights=inputs.weights_facts(model_dir),
         gpu=gpu,
@@ -296,6 +317,7 @@ class _Common:
     recipe: dict[str, Any]
     full_config: dict[str, Any]
     moe: str | None
+    choose_layers: ChooseLayers | None
     model_dir: Path | None
     weights: dict[str, Any]
     gpu: Gpu | None
@@ -330,8 +352,21 @@ def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
         max_steps=max_steps,
         use_cpu=gpu is None,
         moe=common.moe,
+        # A breakdown must see layers and launches, which a graph hides.
+        graphs=bool(common.moe) and options.graphs and gpu is not None and options.kind == config.THROUGHPUT,
     )
     budget_bytes = None if options.memory_budget_gib is None else round(options.memory_budget_gib * GIB)
+    longest = make_search(point, data, options.queries, usual, int(recipe.get("cutoff_len", 2048)))
+    if options.recompute == "auto":
+        if point.find_max or gpu is None or common.choose_layers is None or point.preset == "slice":
+            raise UserError(
+                "--recompute auto needs a GPU, a batch size and all layers to know how many may keep their activations",
+                cure="name batch sizes and preset full or tiny, or use --recompute none",
+            )
+        room = min(budget_bytes or gpu.memory_total_bytes, gpu.memory_total_bytes)
+        tokens = longest.longest_tokens or int(recipe.get("cutoff_len", 2048))
+        layers = common.choose_layers(workload.model_config, recipe, point.per_device_batch_size, tokens, room)
+        workload = replace(workload, checkpointed_layers=layers)
     search = None
     if point.find_max:
         if gpu is None and budget_bytes is None:
@@ -340,10 +375,15 @@ def _spec(point: Point, data: Data, common: _Common) -> PointSpec:
                 cause="on a CPU no batch is too large until the system's memory is gone",
                 cure="name batch sizes, or say with --memory-budget-gib how much memory one process may take",
             )
-        search = make_search(point, data, options.queries, usual, int(recipe.get("cutoff_len", 2048)))
+        search = longest
     moe = moe_of(workload)
+    variants = [
+        *([] if moe == find_family(point.model).moe_path else [moe]),
+        *([f"recompute-{options.recompute}"] if options.recompute else []),
+        *(["no-graphs"] if common.moe and not options.graphs else []),
+    ]
     return PointSpec(
-        point_id=point.point_id(device_slug(gpu)) + ("" if moe == find_family(point.model).moe_path else f"-{moe}"),
+        point_id="-".join([point.point_id(device_slug(gpu)), *variants]),
         kind=options.kind,
         workload=workload,
         protocol=protocol,

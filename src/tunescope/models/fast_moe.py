@@ -22,6 +22,7 @@ from tunescope.models.fast_moe_function import run_experts
 from tunescope.models.fast_moe_linears import compute_dtype, read_linears
 from tunescope.models.fast_moe_recompute import StepMemory, layers_to_recompute, set_checkpointed
 from tunescope.models.fast_moe_stacks import ExpertStacks
+from tunescope.models.step_graphs import StepGraphs
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ class AcceleratedMoe:
     """What accelerate_moe() did to a model, and the way back.
 
     num_blocks: MoE blocks that are grouped now. checkpointed_layers: numbers of the decoder layers that are recomputed
-    in backward, as this left them.
+    in backward, as this left them. graphs: what replays steps as CUDA graphs, None where it was not asked for.
     """
+
+    graphs: StepGraphs | None = None
 
     def __init__(self, blocks: list["_GroupedBlock"], layers: list[Any], checkpointed: tuple[int, ...] | None) -> None:
         self._blocks = blocks
@@ -53,6 +56,8 @@ class AcceleratedMoe:
 
     def restore(self) -> None:
         """The stock forward, checkpointing and memory layout again, with the weights as trained. Safe to call twice."""
+        if self.graphs is not None:
+            self.graphs.remove()
         for block in self._blocks:
             block.detach()
         self._blocks = []
@@ -62,7 +67,11 @@ class AcceleratedMoe:
 
 
 def accelerate_moe(
-    model: nn.Module, *, recompute: str = "all", step_memory: StepMemory | None = None
+    model: nn.Module,
+    *,
+    recompute: str | tuple[int, ...] = "all",
+    step_memory: StepMemory | None = None,
+    graphs: bool = False,
 ) -> AcceleratedMoe:
     """Computes every MoE block of `model` (Mixtral or Qwen3-MoE of transformers, with or without PEFT) grouped.
 
@@ -71,8 +80,11 @@ def accelerate_moe(
     so that hooks on them see nothing; the router's is.
 
     recompute: `all` leaves gradient checkpointing as it is; `none` switches it off; `auto` switches it off in the last
-    layers, as many as step_memory has room for. It changes nothing where checkpointing is off, and a Trainer with
-    gradient_checkpointing=True switches it on again when training starts: then call this in on_train_begin.
+    layers, as many as step_memory has room for; or the numbers of the layers to leave it on in. It changes nothing
+    where checkpointing is off, and a Trainer with gradient_checkpointing=True switches it on again when training
+    starts: then call this in on_train_begin.
+
+    graphs: whether training steps on a GPU are replayed as CUDA graphs; what that changes is in StepGraphs.
 
     The experts' matmuls, adapters included, run in the dtype that the stock base linears would multiply in. An expert
     without a token in a batch gets gradients of zeros, where the stock path leaves None: finding out which would make
@@ -109,7 +121,10 @@ def accelerate_moe(
         for done in blocks:
             done.detach()
         raise
-    return AcceleratedMoe(blocks, layers, checkpointed)
+    accelerated = AcceleratedMoe(blocks, layers, checkpointed)
+    if graphs and next(model.parameters()).is_cuda:
+        accelerated.graphs = StepGraphs(model, [block.stacks for block in blocks])
+    return accelerated
 
 
 class AccelerateMoe(TrainerCallback):
@@ -119,13 +134,22 @@ class AccelerateMoe(TrainerCallback):
     optimizer has the parameters already, and keeps them.
     """
 
-    def __init__(self, *, recompute: str = "all", step_memory: StepMemory | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        recompute: str | tuple[int, ...] = "all",
+        step_memory: StepMemory | None = None,
+        graphs: bool = False,
+    ) -> None:
         self.recompute = recompute
         self.step_memory = step_memory
+        self.graphs = graphs
         self.accelerated: AcceleratedMoe | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.accelerated = accelerate_moe(kwargs["model"], recompute=self.recompute, step_memory=self.step_memory)
+        self.accelerated = accelerate_moe(
+            kwargs["model"], recompute=self.recompute, step_memory=self.step_memory, graphs=self.graphs
+        )
 
 
 class _GroupedBlock:

@@ -52,8 +52,12 @@ def choose_checkpointed_layers(num_layers: int, memory: StepMemory) -> tuple[int
     return tuple(range(num_layers - kept))
 
 
-def layers_to_recompute(recompute: str, num_layers: int, memory: StepMemory | None) -> tuple[int, ...] | None:
+def layers_to_recompute(
+    recompute: str | tuple[int, ...], num_layers: int, memory: StepMemory | None
+) -> tuple[int, ...] | None:
     """What a setting asks for; None: leave the layers as they are. Raises UserError for one that cannot be obeyed."""
+    if isinstance(recompute, tuple):
+        return recompute
     if recompute not in RECOMPUTE:
         raise UserError(f"there is no recompute={recompute!r}", cure=f"take one of {', '.join(RECOMPUTE)}")
     if recompute == "auto":

@@ -60,6 +60,10 @@ class ExpertStacks:
         self._pieces: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._flat: Tensor | None = None
         self._zero: Tensor | None = None
+        # 4-bit weights of gate and up, written out, from a recompute to the backward that it is for.
+        self.decoded: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.gradient_room: Tensor | None = None
+        self.gradients_to: Tensor | None = None  # where gradients() writes, instead of giving them to autograd
         self._zero_rows = torch.zeros(1, dtype=torch.int32, device=gate[0].weight.device)
         self.scale_in = next((one[0].adapter.scaling for one in (gate, up) if one[0].adapter), 1.0)
         self.scale_down = down[0].adapter.scaling if down[0].adapter else 1.0
@@ -114,24 +118,41 @@ class ExpertStacks:
             _maybe_padded(views.get("down_B"), _padding(self.rank_down, flat.dtype)),
         )
 
-    def gradients(self, found: Callable[[str], Tensor], ends_E: Tensor) -> tuple[Tensor, ...]:
+    def room_for_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Makes gradient_room, laid out as the adapters are, and returns each parameter with its part of it."""
+        if self._flat is None:
+            return []
+        self.gradient_room = torch.zeros_like(self._flat)
+        start = self._flat.storage_offset()
+        return [
+            (parameter, self.gradient_room[at : at + parameter.numel()].view_as(parameter))
+            for parameter in self.parameters
+            for at in (parameter.storage_offset() - start,)
+        ]
+
+    def gradients(self, found: Callable[[str], Tensor], ends_E: Tensor) -> tuple[Tensor | None, ...]:
         """The parameters' gradients, in their own dtype: views of one tensor a projection, for autograd to take over.
 
         found: name of a piece -> its gradient for all experts, padded or not; that of in_A as (E, M * Q, D).
         ends_E: of the experts' rows. One without rows gets zeros, whatever its matmul over nothing left.
+        None for each of them where they are written to gradients_to.
         """
         assert self._zero is not None
         is_active_E = torch.diff(ends_E, prepend=self._zero_rows) > 0
         gradients: list[Tensor] = []
-        for name, (_, shape) in self._pieces.items():
+        for name, (start, shape) in self._pieces.items():
             found_E = found(name)
             if name == "in_A":
                 found_E = found_E.view(shape[0], shape[1], -1, shape[3])
             found_E = found_E[tuple(slice(width) for width in shape)]
             is_active = is_active_E.view(-1, *(1,) * (len(shape) - 1))
+            if self.gradients_to is not None:
+                room_E = self.gradients_to[start : start + _size(shape)].view(shape)
+                torch.where(is_active, found_E, self._zero, out=room_E)
+                continue
             gradient_E = torch.where(is_active, found_E, self._zero).contiguous()
             gradients += (gradient_E.flatten(0, 1) if name == "in_A" else gradient_E).unbind(0)
-        return tuple(gradients)
+        return tuple(gradients) or (None,) * len(self.parameters)
 
     def without_adapters(self) -> bool:
         """Whether PEFT has switched the adapters off, as in `with model.disable_adapter()`.
@@ -165,6 +186,7 @@ class ExpertStacks:
     @torch.no_grad()
     def restore(self) -> None:
         """Every parameter back in memory of its own, as far as it still lies in the common one."""
+        self.decoded = (None, None)
         with torch._C.DisableTorchFunctionSubclass():
             for _, _, _, _, weight, address, state in self._weights:
                 if weight.data_ptr() == address:

@@ -1,6 +1,7 @@
 """Figure 8 as a table: queries/s of each bar, the paper's A40 beside it, and what makes them differ."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,36 @@ def throughput_text(table: pd.DataFrame, *, num_unfinished: int = 0) -> str:
     return "\n\n".join([*blocks, "\n".join(_footer(table, num_unfinished))])
 
 
+def _recomputed(row: dict[str, Any]) -> str:
+    """Of the decoder layers, how many run their forward again in backward."""
+    frac = row["recompute_frac"]
+    if pd.isna(frac) or 0 < frac < 1:
+        return "-" if pd.isna(frac) else f"{frac * row['num_layers']:.0f}/{row['num_layers']:.0f}"
+    return "all" if frac else "none"
+
+
+# Columns that tell rows apart which would look alike -> their header and cell.
+_APART: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "model": ("model", lambda row: str(row["model"])),
+    "moe": ("MoE path", lambda row: str(row["moe"])),
+    "recompute_frac": ("recomputed", _recomputed),
+    "cuda_graphs": (
+        "graphs",
+        lambda row: "-" if pd.isna(row["cuda_graphs"]) else "yes" if row["cuda_graphs"] else "no",
+    ),
+}
+
+
 def _block(group: pd.DataFrame, preset: str) -> str:
     header = list(_HEADER)
     if preset == "slice":
         header[4:4] = ["layers", "q/s all layers", "its interval"]
     rows = [_cells(row, preset) for row in records(group)]
     # What tells rows apart that would look alike.
-    apart = [name for name in ("model", "moe") if group[name].nunique() > 1]
-    rows = [[*(str(row[name]) for name in apart), *cells] for row, cells in zip(records(group), rows, strict=True)]
-    header = [*({"moe": "MoE path"}.get(name, name) for name in apart), *header]
+    apart = [name for name in _APART if group[name].nunique() > 1]
+    telling = [[_APART[name][1](row) for name in apart] for row in records(group)]
+    rows = [[*cells, *others] for cells, others in zip(telling, rows, strict=True)]
+    header = [*(_APART[name][0] for name in apart), *header]
     # What this machine cannot say (no GPU: no memory, energy or MFU) is said once in the footer, not in every row.
     kept = [i for i, name in enumerate(header) if name in _ALWAYS_SHOWN or any(row[i] != "-" for row in rows)]
     return text_table(
@@ -119,10 +141,11 @@ def _footer(table: pd.DataFrame, num_unfinished: int) -> list[str]:
         "weights 6), HFU padding and recompute, both against the GPU's dense bf16 peak.",
     ]
     if not known.empty:
+        recomputed = ", ".join(sorted({_recomputed(row) for row in records(known)}))
         lines.append(
             f"weights: {names('weights')}; data: {names('data')}; tokenizer: {names('tokenizer')}; "
-            f"MoE path: {names('moe')}; attention: {names('attention')}; scan: {names('scan')}; "
-            f"compute: {names('compute_dtype')}."
+            f"MoE path: {names('moe')}; recomputed layers: {recomputed}; attention: {names('attention')}; "
+            f"scan: {names('scan')}; compute: {names('compute_dtype')}."
         )
     lines.append(
         f"A40 paper: queries/s the paper measured on an {paper.GPU} (48 GB) with pretrained weights and the real data, "

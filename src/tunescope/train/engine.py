@@ -38,24 +38,30 @@ class _SkipSaving(TrainerCallback):
 def run_workload(workload: Workload, scratch_dir: Path, callbacks: Iterable[TrainerCallback]) -> dict[str, Any]:
     """Trains until the data or the callbacks end it; writes nothing but scratch files below `scratch_dir`.
 
-    Returns what was decided here and belongs in provenance: the kind of tokenizer. Raises UserError for
-    a recipe that the engine refuses; torch's own errors (out of memory) pass through.
+    Returns what was decided here and belongs in provenance: the kind of tokenizer, what became of CUDA graphs. Raises
+    UserError for a recipe that the engine refuses; torch's own errors (out of memory) pass through.
     """
     from llamafactory.train.tuner import run_exp
 
     arguments, facts = prepare(workload, scratch_dir)
+    switch = _grouped_experts(workload)
     with engine_errors(), contextlib.suppress(_StopBeforeSaving):
-        run_exp(dict(arguments), callbacks=[*_switches(workload), *callbacks, _SkipSaving()])
+        run_exp(dict(arguments), callbacks=[*([switch] if switch else []), *callbacks, _SkipSaving()])
+    if switch and switch.accelerated and (graphs := switch.accelerated.graphs):
+        facts["cuda_graphs"] = {
+            "num_shapes": graphs.num_shapes, "num_replays": graphs.num_replays, "why_not": graphs.why_not
+        }  # fmt: skip
     return facts
 
 
-def _switches(workload: Workload) -> list[TrainerCallback]:
-    """What changes the loaded model before anything watches it."""
+def _grouped_experts(workload: Workload) -> Any:
+    """What changes the loaded model before anything watches it; None for nothing."""
     if workload.moe != GROUPED:
-        return []
+        return None
     from tunescope.models.fast_moe import AccelerateMoe
 
-    return [AccelerateMoe()]
+    layers = workload.checkpointed_layers
+    return AccelerateMoe(recompute="all" if layers is None else tuple(layers), graphs=workload.graphs)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ class Workload:
     num_samples: queries in the training set.
     max_steps: optimizer steps at most; None: as many epochs as the recipe says.
     moe: path that the loaded model's MoE blocks are switched to; None: as the model has them.
+    checkpointed_layers: numbers of the decoder layers that are recomputed in backward; None: as the recipe says.
+    graphs: steps are replayed as CUDA graphs.
     """
 
     point: Point
@@ -28,6 +30,8 @@ class Workload:
     max_steps: int | None
     use_cpu: bool
     moe: str | None = None
+    checkpointed_layers: tuple[int, ...] | None = None
+    graphs: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """All but where files lie, which differs between machines and changes nothing that is trained.
@@ -35,7 +39,8 @@ class Workload:
         Without what is left as it is, so that points measured before it existed keep their identity.
         """
         content = asdict(self)
-        if self.moe is None:
-            del content["moe"]
+        for name in ("moe", "checkpointed_layers", "graphs"):
+            if content[name] in (None, False):
+                del content[name]
         del content["model_dir"], content["data_entry"]
         return content
