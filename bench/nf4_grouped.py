@@ -65,6 +65,7 @@ MAX_ROWS_CHECKED = 512
 MAX_ROWS = 2**18
 TUNED_ROWS_PER_EXPERT = (4, 8, 16, 32, 64, 128, 256, 512)
 TUNE_REPEATS = 12
+TUNE_SPREAD_FRAC = 0.5  # as a router spreads rows: a tile just large enough for the mean is too small for some
 IMPLEMENTATIONS = (
     "triton", "dequantize", "bitsandbytes-dequantize", "bitsandbytes-gemm", "bf16", "grouped-nf4-gemm",
 )  # fmt: skip
@@ -144,12 +145,15 @@ class Case:
         return 2 * len(self.rows) * num_out * num_in
 
 
-def case_of(stack: Nf4Stack, direction: str, rows_per_expert: int) -> Case:
+def case_of(stack: Nf4Stack, direction: str, rows_per_expert: int, spread_frac: float = 0.0) -> Case:
+    """spread_frac: how far below and above rows_per_expert experts have rows, evenly; the sum stays."""
     num_experts, num_out, num_in = stack.shape_ENK
     device = stack.packed_ENP.device
     width = num_out if direction == "dx" else num_in
     rows = torch.randn(num_experts * rows_per_expert, width, device=device, dtype=torch.bfloat16)
-    ends = torch.arange(1, num_experts + 1, device=device, dtype=torch.int32) * rows_per_expert
+    number = torch.arange(1, num_experts + 1, device=device, dtype=torch.float64)
+    mean = 1 - spread_frac + spread_frac * number / num_experts  # of the experts so far, over that of all
+    ends = (number * rows_per_expert * mean).round().to(torch.int32)
     return Case(stack, direction, rows_per_expert, rows, ends)
 
 
@@ -304,7 +308,7 @@ def tune(timer: Timer, shapes: list[str], rows: list[int]) -> None:
     for shape in shapes:
         stack = random_stack(*SHAPES[shape], "cuda")
         for direction, rows_per_expert in itertools.product(("forward", "dx"), rows):
-            case = case_of(stack, direction, rows_per_expert)
+            case = case_of(stack, direction, rows_per_expert, TUNE_SPREAD_FRAC)
             name = "forward_config" if direction == "forward" else "dx_config"
             candidates: list[Any] = FORWARD_CANDIDATES if direction == "forward" else DX_CANDIDATES
             found = []
