@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunescope import results
-from tunescope.analyze.kernels import plain_kernel, sampled_place, without_numbers
+from tunescope.analyze.kernels import function_of, plain_kernel, without_numbers
 from tunescope.analyze.ncu_file import ncu_groups
 from tunescope.errors import UserError
 from tunescope.gpus import Gpu
@@ -26,6 +26,8 @@ from tunescope.measure import ncu
 from tunescope.measure.plan import Options, PointSpec, make_plan
 from tunescope.ncu import reports
 from tunescope.ncu.counters import COUNTERS_FILE, COUNTERS_SCHEMA, METRICS, NCU_LOG_FILE, in_column_unit
+from tunescope.ncu.names import MAX_DEMANGLED_CHARS, demangled
+from tunescope.ncu.ranges import place_of, range_name
 from tunescope.ncu.settings import Settings
 
 MAGIC = b"NVR\0"
@@ -195,7 +197,10 @@ def test_without_any_reader_it_says_what_to_install(tmp_path: Path, monkeypatch:
     [
         ("duration_ns", 3.0, "us", 3000.0), ("duration_ns", 3.0, "nsecond", 3.0), ("duration_ns", 2.0, "msecond", 2e6),
         ("dram_read_bytes", 2.5, "Mbyte", 2.5e6), ("dram_read_bytes", 7.0, "byte", 7.0),
-        ("sm_clock_hz", 1.98, "Ghz", 1.98e9), ("sm_clock_hz", 5.0, "hz", 5.0), ("sm_percent", 40.0, "%", 40.0),
+        ("sm_clock_hz", 1.98, "Ghz", 1.98e9), ("sm_clock_hz", 1.98, "cycle/nsecond", 1.98e9),
+        ("sm_clock_hz", 3.0, "cycle/second", 3.0), ("sm_clock_hz", 3.0, "cycle/inst", None),
+        ("duration_ns", 7.0, "", 7.0),
+        ("dram_read_bytes", 7.0, "", 7.0), ("sm_clock_hz", 5.0, "hz", 5.0), ("sm_percent", 40.0, "%", 40.0),
         ("duration_ns", 3.0, "inst", None), ("dram_read_bytes", 3.0, "%", None),
     ],
 )  # fmt: skip
@@ -209,6 +214,44 @@ CSV = """==PROF== Disconnected
 "0","void f<int>(int)","1,234","45.5","2,000"
 "1","g","100","n/a","10"
 """
+
+
+# In the form of `ncu --import --csv --page raw` with NVTX: a range's payload, colour and message follow its name.
+_COLUMN = "thread Domain:Push/Pop_Range:PL_Type:PL_Value:CLR_Type:Color:Msg_Type:Msg"
+_FIELDS = ":none" * 6
+RANGES_CSV = f""""ID","Kernel Name","{_COLUMN}","Grid Size"
+"","","",""
+"0","k","13416  ""<default domain>:tunescope{_FIELDS}""  ""<default domain>:a:b{_FIELDS}"" ","(8, 2, 1)"
+"1","k","","(1, 1, 1)"
+"2","k","tunescope
+a|b","(1, 1, 1)"
+"""
+
+
+def test_ranges_in_csv() -> None:
+    rows = reports.rows_of_csv(RANGES_CSV.encode())
+    assert [row["ranges"] for row in rows] == [["tunescope", "a:b"], [], ["tunescope", "a|b"]]
+    assert rows[0]["grid_blocks"] == 16
+    assert rows[0]["sm_percent"] is None
+
+
+def test_csv_of_a_release_that_prints_otherwise() -> None:
+    without_units = CSV.replace('"","","nsecond","%","byte"\n', "").replace("\n", "\r\n")
+    rows = reports.rows_of_csv(without_units.encode() + b"==WARNING== something\n")
+    assert [row["duration_ns"] for row in rows] == [1234.0, 100.0]
+    instances = reports.rows_of_csv(CSV.replace('"45.5"', '"45.5 (40; 51)"').replace('"100"', '"1e2"').encode())
+    assert (instances[0]["sm_percent"], instances[1]["duration_ns"]) == (45.5, 100.0)
+    assert reports.rows_of_csv(CSV.replace("void f<int>(int)", MANGLED).encode())[0]["kernel"] == IN_A_TRACE
+
+
+def test_csv_without_any_known_metric_is_shown(tmp_path: Path) -> None:
+    text = '"ID","Kernel Name","odd__metric"\n"","","%"\n"0","k","1"\n'
+    script = tmp_path / "ncu"
+    script.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
+    script.chmod(0o755)
+    with pytest.raises(UserError) as error:
+        reports._by_ncu(tmp_path / "x.ncu-rep", str(script))
+    assert "odd__metric" in error.value.cause
 
 
 def test_csv_of_ncu() -> None:
@@ -260,13 +303,45 @@ def test_launches_of_any_report_by_range_and_kernel(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_place_of_a_sampled_launch() -> None:
-    name = "backward|model.layers.3.moe.experts.1|aten::mm|MmBackward0"
-    assert sampled_place(["tunescope", name]) == ("backward", "model.layers.3.moe.experts.1", "aten::mm", "MmBackward0")
-    assert sampled_place([name, "inner range of a library"]) is not None
-    assert sampled_place(["a", "b|c"]) is None
-    assert sampled_place([]) is None
+    place = ("backward", "model.layers.3.moe.experts.1", "aten::mm", "MmBackward0")
+    name = range_name(*place)
+    assert place_of(["tunescope", name]) == place
+    assert place_of([name, "inner range of a library"]) == place
+    assert place_of([f'4711  "<default domain>:{name}:none:none:none"']) == place  # as printed, had it not been parsed
+    assert place_of([f"<0,{name}>"]) == place
+    assert place_of(["a", "b|c"]) is None
+    assert place_of([]) is None
     assert without_numbers(".block_sparse_moe.experts.7.w1") == ".block_sparse_moe.experts.*.w1"
     assert plain_kernel("void (anonymous namespace)::f<int, 2>(int*)") == plain_kernel("f<int,2>(int *)")
+    assert function_of(plain_kernel("void at::native::fill<4, at::F<float> >(int, at::F<float>)")) == "fill"
+    assert function_of("nvjet_sm90_tst_8x64") == "nvjet_sm90_tst_8x64"
+
+
+@given(
+    st.sampled_from(("forward", "recompute", "backward")),
+    st.from_regex(r"[a-z_]\w*(\.\w+)*", fullmatch=True),
+    st.from_regex(r"[a-z_]+::[a-z_0-9]+", fullmatch=True),
+    st.from_regex(r"([A-Za-z]+::)*[A-Za-z0-9]+", fullmatch=True),
+)
+def test_a_place_survives_its_name_and_what_a_printer_puts_around_it(phase: str, path: str, op: str, node: str) -> None:
+    name = range_name(phase, path, op, node)
+    assert not set(name) & set(':/[]+*@,"<> ')
+    for text in (name, f"<default domain>:{name}:none:none", f'"{name}"'):
+        assert place_of(["tunescope", text]) == (phase, path, op, node)
+
+
+# As the compiler named a kernel of torch's, and as torch's profiler prints it (a trace of torch 2.11 on an H200).
+MANGLED = "_ZN2at6native29vectorized_elementwise_kernelILi4ENS0_11FillFunctorIfEESt5arrayIPcLm1EEEEviT0_T1_"
+IN_A_TRACE = (
+    "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul> >"
+    "(int, at::native::FillFunctor<float>, std::array<char*, 1ul>)"
+)
+
+
+def test_kernels_are_called_as_in_a_trace() -> None:
+    assert demangled(MANGLED) == IN_A_TRACE
+    for other in ("nvjet_sm90_tst_8x64", "", "_Znonsense!", MANGLED + "x" * MAX_DEMANGLED_CHARS):
+        assert demangled(other) is None
 
 
 def test_settings_are_checked_and_their_path_is_no_part_of_them() -> None:

@@ -25,6 +25,7 @@ from tunescope.ncu.counters import (
     OP_WORK_SCHEMA,
     SM_PERCENT,
 )
+from tunescope.ncu.ranges import place_of
 
 COUNTED, MODELLED = "ncu", "modelled"
 TIME_WEIGHTED = "time_weighted"
@@ -62,21 +63,34 @@ class KernelPoint(LatencyPoint):
         """One row a launch that ncu looked into: phase, path, name, label and the columns of METRICS."""
         counters = self.read(COUNTERS_FILE, COUNTERS_SCHEMA)
         labels = {tuple(row[:3]): row[3] for row in self.launches[[*KIND, "label"]].itertuples(index=False)}
+        alike = self._kernels_alone_of_their_function
         rows = []
         for row in counters.to_dict("records"):
-            place = sampled_place(list(row["ranges"]))
+            place = place_of(row["ranges"])
             if place is None:
                 continue
             phase, module, op, node = place
             layer, part, below = self.division.place(module)
             if part != self.op_part or layer < 0:
                 continue
-            path, name = without_numbers(below), plain_kernel(str(row["kernel"]))
+            path = without_numbers(below)
+            # The trace has a long name as the compiler gave it.
+            names = [plain_kernel(str(row[column])) for column in ("kernel", "mangled")]
+            name = next((name for name in names if (phase, path, name) in labels), None)
+            name = name or alike.get((phase, path, function_of(names[0]))) or names[0]
             label = labels.get((phase, path, name))
             if label is None:  # not in the trace: a kernel that the library chose otherwise under ncu
                 label = self.division.op_label(part, below, node, op, op, str(row["kernel"]))
             rows.append(row | {"phase": phase, "path": path, "name": name, "label": label, "op": op})
         return pd.DataFrame(rows, columns=[*KIND, "label", "op", *METRICS, "grid_blocks", "block_threads"])
+
+    @property
+    def _kernels_alone_of_their_function(self) -> dict[tuple[str, str, str], str]:
+        """(phase, path, function) -> kernel, where only one instance of that function was launched there."""
+        found: dict[tuple[str, str, str], set[str]] = {}
+        for phase, path, name in self.launches[KIND].itertuples(index=False):
+            found.setdefault((phase, path, function_of(name)), set()).add(name)
+        return {place: next(iter(names)) for place, names in found.items() if len(names) == 1}
 
     def kinds(self) -> pd.DataFrame:
         """The rows of `launches`, with num_sampled, and mean and standard deviation of each of VALUES over samples."""
@@ -170,19 +184,15 @@ def with_shares(rows: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def sampled_place(ranges: list[str]) -> tuple[str, str, str, str] | None:
-    """(phase, module, operator, autograd node) of the range that the sampling put around a launch; None without one."""
-    for text in reversed(ranges):
-        parts = text.split("|")
-        if len(parts) == 4:
-            return parts[0], parts[1], parts[2], parts[3]
-    return None
-
-
 def without_numbers(path: str) -> str:
     return re.sub(r"\.\d+\b", ".*", path)
 
 
 def plain_kernel(name: str) -> str:
     """A kernel's name as both the profiler and ncu have it: they print types and namespaces each in its own way."""
-    return re.sub(r"\s+|\(anonymous namespace\)::|<unnamed>::|void ", "", name)
+    return re.sub(r"^void |\s+|\(anonymous namespace\)::|(?:<unnamed>|unnamed>|\(unnamed\))::", "", name)
+
+
+def function_of(kernel: str) -> str:
+    """The function's own name, of a plain_kernel: without namespaces, template arguments and parameters."""
+    return re.split(r"[<(]", kernel, maxsplit=1)[0].rpartition("::")[2] or kernel

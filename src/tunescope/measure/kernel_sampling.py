@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerCallback
 
-from tunescope.measure.ncu import SAMPLE
 from tunescope.measure.op_watch import Operator, OpWatch, Place
 from tunescope.measure.op_work import Work, work_of
+from tunescope.ncu.ranges import SAMPLE, range_name
 
-SEPARATOR = "|"
-NUM_WARMUP_STEPS = 2
+NUM_WARMUP_STEPS = 1  # it compiles, allocates, and makes the optimizer's state
 # Launches of one call, where it is not one: bitsandbytes decodes scales, shifts them, decodes weights, multiplies.
 _LAUNCHES_PER_CALL = {"bitsandbytes::gemm_4bit": 4}
 _MOST_CALLS = 4  # of a kind
@@ -170,7 +169,7 @@ class SampledStep(TrainerCallback):
         if number not in self.chosen.get(kind, ()):
             return call()
         torch.cuda.nvtx.range_push(SAMPLE)
-        torch.cuda.nvtx.range_push(SEPARATOR.join((place.phase, self._paths[place.module], place.op, place.node)))
+        torch.cuda.nvtx.range_push(range_name(place.phase, self._paths[place.module], place.op, place.node))
         try:
             return call()
         finally:

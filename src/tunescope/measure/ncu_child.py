@@ -5,6 +5,7 @@ Trains one point for a few steps with the launches of one of them marked, and le
 
 import pickle
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,12 @@ from pathlib import Path
 from tunescope import results
 from tunescope.families import find_family
 from tunescope.measure.plan import PointSpec
-from tunescope.measure.worker import SCRATCH, limit_threads
+from tunescope.measure.worker import limit_threads
 from tunescope.ncu.counters import SAMPLING_FILE
 from tunescope.train.forkserver import die_with_parent
 
 TASK_FILE = "ncu_task.pickle"  # written by this project's launcher for this run alone
+SCRATCH = "ncu_scratch"  # of its own: that of the run without ncu is still there
 MOE = "moe"  # the part of a layer that the figures are of
 
 
@@ -44,8 +46,14 @@ def main(work_dir: Path) -> None:
     sampled = SampledStep(
         part_filter(spec.workload.point.model, MOE, settings.layers), settings.phases, settings.max_launches
     )
-    run_workload(spec.workload, work_dir / SCRATCH, [MemoryBudget(spec.memory_budget_bytes), sampled])
+    scratch_dir = work_dir / SCRATCH
+    try:
+        run_workload(spec.workload, scratch_dir, [MemoryBudget(spec.memory_budget_bytes), sampled])
+    finally:
+        shutil.rmtree(scratch_dir, ignore_errors=True)
     results.write_json(work_dir / SAMPLING_FILE, sampled.to_json())
+    if not sampled.is_done:
+        sys.exit("training ended before the step that was to be sampled: too few queries, or too large a batch")
 
 
 if __name__ == "__main__":

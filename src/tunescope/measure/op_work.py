@@ -2,11 +2,13 @@
 
 Bytes are the least that can be moved: every input read once, every output written once, whatever the caches do. A
 multiply-add is 2 FLOP; an operator that is no matrix product or attention is taken for one FLOP an element it reads
-or writes, whichever are more.
+or writes, whichever are more. Attention is counted whole, masked or not, for the heads of the query.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,15 @@ DECODE_SCALES, DECODE, MATMUL = (
     "bitsandbytes::dequantize_blockwise", "bitsandbytes::dequantize_4bit", "aten::mm",
 )  # fmt: skip
 _GEMM_4BIT = "bitsandbytes::gemm_4bit"
+# Attention of which torch registers no counter, and one that does the same.
+_ATEN = torch.ops.aten
+_SAME_FLOP = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _ATEN._scaled_dot_product_flash_attention_backward,
+    _ATEN._scaled_dot_product_fused_attention_overrideable: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_fused_attention_overrideable_backward: _ATEN._scaled_dot_product_flash_attention_backward,
+}
+_LOG = logging.getLogger(__name__)
 # Give their result no bytes of their own.
 _ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 
@@ -35,20 +46,71 @@ class Work(NamedTuple):
 
 
 def work_of(name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> list[Work]:
-    """What one call of an operator has to do; nothing for a view or an allocation. name: as `aten::mm`."""
+    """What one call of an operator has to do; nothing for a view or an allocation. name: as `aten::mm`.
+
+    Never raises: what cannot be counted is left out, or counted by its elements, and said once in the log.
+    """
+    try:
+        return _work_of(name, func, args, kwargs, output)
+    except Exception as error:  # any: what cannot be counted must not end a training
+        _say_once(name, f"{type(error).__name__}: {error}"[:300])
+        return [Work(name, 0, 0, 0)]
+
+
+def _work_of(name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> list[Work]:
     if name == _GEMM_4BIT:
         return list(_gemm_4bit(func, args, kwargs, output))
     if name in _ALLOCATIONS or _is_view(func):
         return []
     inputs, outputs = tensors_of((args, kwargs)), tensors_of(output)
     read, written = sum(map(touched_bytes, inputs)), sum(map(touched_bytes, outputs))
-    if name == "aten::_grouped_mm":
-        flop = _grouped_mm_flop(args, output)
-    elif (counter := flop_registry.get(func.overloadpacket)) is not None:
-        flop = counter(*args, **kwargs, out_val=output)
-    else:
+    flop = _flop_of(name, func, args, kwargs, output)
+    if flop is None:
         flop = max((tensor.numel() for tensor in (*inputs, *outputs)), default=0)
     return [Work(name, int(flop), read, written)]
+
+
+def _flop_of(name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> int | None:
+    """None for an operator that is counted by its elements, also where torch's own counter does not take its shapes."""
+    try:
+        if name == "aten::_grouped_mm":
+            return _grouped_mm_flop(args, output)
+        counter = flop_registry.get(_SAME_FLOP.get(func.overloadpacket, func.overloadpacket))
+        if counter is None:
+            return None
+        return int(counter(*_with_heads_of_the_query(name, func, args), **kwargs, out_val=output))
+    except Exception as error:  # any: what cannot be counted must not end a training
+        _say_once(name, f"{type(error).__name__}: {error}"[:300])
+        return None
+
+
+@lru_cache(maxsize=256)
+def _say_once(name: str, why_not: str) -> None:
+    _LOG.warning("FLOP of %s are taken for one an element: %s", name, why_not)
+
+
+def _with_heads_of_the_query(name: str, func: Any, args: Sequence[Any]) -> list[Any]:
+    """Arguments of attention as torch's counters take them: (batch, heads, length, width), and as many heads of keys
+    and values as of queries, which is what is computed. They refuse fewer (grouped-query attention), and take a length
+    for heads where an operator has its heads after it. Of other operators the arguments as they are."""
+    if "attention" not in name:
+        return list(args)
+    places = {argument.name: number for number, argument in enumerate(func._schema.arguments)}
+    has_heads_last = "scaled_dot_product" not in name
+    ends = [args[places[key]] for key in ("cum_seq_q", "cu_seqlens_q") if key in places and has_heads_last]
+    axis = -2 if has_heads_last else 1
+    heads = args[places["query"]].size(axis)
+    given = list(args)
+    for key in ("query", "key", "value", "grad_out", "grad_out_"):
+        if key not in places:
+            continue
+        sizes = list(args[places[key]].shape)
+        if key in ("key", "value"):
+            sizes[axis] = heads
+        if ends and ends[0] is None:  # no sequences of several lengths, one after another
+            sizes[1], sizes[2] = sizes[2], sizes[1]
+        given[places[key]] = torch.empty(sizes, device="meta")  # only its sizes are looked at
+    return given
 
 
 def tensors_of(values: Any) -> list[torch.Tensor]:

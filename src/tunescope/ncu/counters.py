@@ -17,12 +17,14 @@ METRICS = {
     DRAM_PERCENT: "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "dram_read_bytes": "dram__bytes_read.sum",
     "dram_written_bytes": "dram__bytes_write.sum",
-    "tensor_percent": "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+    "tensor_percent": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
     "occupancy_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "l2_hit_percent": "lts__t_sector_hit_rate.pct",
     "sm_clock_hz": "sm__cycles_elapsed.avg.per_second",
     "dram_clock_hz": "dram__cycles_elapsed.avg.per_second",
 }
+# Without these there is no figure: they are asked for whatever ncu says of them.
+ESSENTIAL = (DURATION_NS, SM_PERCENT, MEMORY_PERCENT, DRAM_PERCENT)
 # What a launch was configured with, which is known without counting.
 LAUNCH_METRICS = {
     "grid_blocks": "launch__grid_size",
@@ -55,20 +57,27 @@ OP_WORK_SCHEMA = pa.schema(
     ]
 )  # fmt: skip
 
-# ncu writes a quantity in the unit that its size suggests, unless told not to.
+# ncu writes a quantity in the unit that its size suggests, unless told not to; a clock also in cycles over time.
 _SCALES = {
-    "n": 1e-9, "u": 1e-6, "µ": 1e-6, "m": 1e-3, "": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
+    "n": 1e-9, "u": 1e-6, "µ": 1e-6, "m": 1e-3, "": 1.0, "K": 1e3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
 }  # fmt: skip
-_SECONDS = {"nsecond": 1.0, "ns": 1.0, "usecond": 1e3, "us": 1e3, "msecond": 1e6, "ms": 1e6, "second": 1e9, "s": 1e9}
+_NANOSECONDS = {
+    "": 1.0, "nsecond": 1.0, "ns": 1.0, "usecond": 1e3, "us": 1e3, "msecond": 1e6, "ms": 1e6, "second": 1e9, "s": 1e9,
+}  # fmt: skip
+_CYCLES = "cycle/"
 
 
 def in_column_unit(column: str, value: float, unit: str) -> float | None:
-    """A metric's value in its column's unit: ns, bytes, Hz, percent; None for a unit that cannot be."""
+    """A metric's value in its column's unit: ns, bytes, Hz, percent; None for a unit that cannot be. An empty unit is
+    taken for the one that ncu calls base."""
     unit = unit.strip()
     if column == DURATION_NS:
-        return value * _SECONDS[unit] if unit in _SECONDS else None
+        return value * _NANOSECONDS[unit] if unit in _NANOSECONDS else None
+    if column.endswith("_hz") and unit.startswith(_CYCLES):
+        time = unit.removeprefix(_CYCLES)
+        return value * 1e9 / _NANOSECONDS[time] if time and time in _NANOSECONDS else None
     for suffix, base in (("_bytes", "byte"), ("_hz", "hz")):
-        if column.endswith(suffix):
+        if column.endswith(suffix) and unit:
             prefix = unit[: -len(base)] if unit.lower().endswith(base) else None
             return value * _SCALES[prefix] if prefix in _SCALES else None
     return value

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from tunescope.ncu.counters import COUNTERS_SCHEMA, LAUNCH_METRICS, METRICS, in_column_unit
+from tunescope.ncu.names import demangled
 
 
 def rows_of(path: str) -> list[dict[str, Any]]:
@@ -23,10 +24,14 @@ def rows_of(path: str) -> list[dict[str, Any]]:
 
 
 def _row(action: Any) -> dict[str, Any]:
-    names = {"kernel": action.name(action.NameBase_DEMANGLED), "mangled": action.name(action.NameBase_MANGLED)}
-    row: dict[str, Any] = names | {"ranges": _ranges(action)}
+    mangled = action.name(action.NameBase_MANGLED)
+    kernel = demangled(mangled) or action.name(action.NameBase_DEMANGLED)
+    row: dict[str, Any] = {"kernel": kernel, "mangled": mangled, "ranges": _ranges(action)}
     for column, name in (METRICS | LAUNCH_METRICS).items():
-        metric = action.metric_by_name(name)
+        try:
+            metric = action.metric_by_name(name)
+        except (KeyError, RuntimeError):  # some releases raise where others return None
+            metric = None
         has_value = metric is not None and metric.has_value()
         row[column] = in_column_unit(column, metric.as_double(), metric.unit()) if has_value else None
     return row
