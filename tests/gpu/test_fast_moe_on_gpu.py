@@ -7,8 +7,10 @@ import pytest
 import torch
 from helpers_fast_moe import FAMILIES, blocks, build
 from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from tunescope import accelerate_moe
+from tunescope.kernels.frozen_norm import frozen_rms_norm
 from tunescope.models import fast_moe_ops as ops
 
 pytestmark = pytest.mark.gpu
@@ -102,6 +104,54 @@ def test_recompute_is_told_from_forward(reentrant: bool) -> None:
     assert recomputed.checkpointed_layers == (0, 1)
     for one, other in zip(gradients(), wanted, strict=True):
         assert (one - other).norm() <= 1e-3 * other.norm()
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 128), (77, 2048), (4096, 4096)])
+def test_the_norm_rounds_where_transformers_rounds(shape: tuple[int, int], weight_dtype: torch.dtype) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x, dy = (torch.randn(shape, device=DEVICE, generator=generator).bfloat16() for _ in range(2))
+    stock = MixtralRMSNorm(shape[1], eps=1e-5).to(DEVICE)
+    stock.weight.data = (1 + 0.3 * torch.randn(shape[1], device=DEVICE, generator=generator)).to(weight_dtype)
+    found = []
+    for norm in (stock, lambda leaf: frozen_rms_norm(leaf, stock.weight, 1e-5)):
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf)
+        y.backward(dy.to(y.dtype))
+        found.append((y.detach(), leaf.grad))
+    (y, dx), (our_y, our_dx) = found
+    assert our_y.dtype == y.dtype
+    assert (our_y != y).float().mean() < 0.01  # a sum in another order may round otherwise
+    assert (our_dx.float() - dx.float()).norm() <= 4e-3 * dx.float().norm()
+
+
+def test_replayed_steps_are_the_steps() -> None:
+    """CUDA graphs for real: three shapes, accumulation, and the losses of training with and without."""
+    curves = []
+    for graphs in (True, False):
+        model = build(FAMILIES["mixtral"] | WIDE, dtype=torch.bfloat16, device=DEVICE, reentrant=False).to(DEVICE)
+        accelerated = accelerate_moe(model, graphs=graphs)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+        losses = []
+        for step in range(12):
+            for micro in range(1 + step % 2):
+                ids = torch.randint(3, 1000, (2, (32, 40, 64)[step % 3]), generator=torch.Generator().manual_seed(step))
+                ids = ids.roll(micro, 1).to(DEVICE)
+                mask = torch.ones_like(ids)
+                mask[0, -5:] = 0
+                with torch.autocast(DEVICE, torch.bfloat16):
+                    loss = model(input_ids=ids, labels=ids, attention_mask=mask).loss
+                loss.backward()
+                losses.append(loss.detach())
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        curves.append(torch.stack(losses))
+        if accelerated.graphs is not None:
+            assert accelerated.graphs.why_not is None
+            assert (accelerated.graphs.num_shapes, accelerated.graphs.num_replays) == (3, 15)
+    torch.testing.assert_close(curves[0], curves[1], rtol=0, atol=0.02)
+    assert curves[0][-1] < curves[0][0]
 
 
 def test_layout_takes_no_memory() -> None:

@@ -22,6 +22,7 @@ from tunescope.models.fast_moe_function import run_experts
 from tunescope.models.fast_moe_linears import compute_dtype, read_linears
 from tunescope.models.fast_moe_recompute import StepMemory, layers_to_recompute, set_checkpointed
 from tunescope.models.fast_moe_stacks import ExpertStacks
+from tunescope.models.fast_norms import fuse_norms, unfuse_norms
 from tunescope.models.step_graphs import StepGraphs
 
 
@@ -50,9 +51,13 @@ class AcceleratedMoe:
 
     def __init__(self, blocks: list["_GroupedBlock"], layers: list[Any], checkpointed: tuple[int, ...] | None) -> None:
         self._blocks = blocks
+        self._norms: list[nn.Module] = []
         self._switched = [] if checkpointed is None else set_checkpointed(layers, checkpointed)
         self.num_blocks = len(blocks)
         self.checkpointed_layers = tuple(i for i, layer in enumerate(layers) if layer.gradient_checkpointing)
+
+    def fuse_norms(self, model: nn.Module) -> None:
+        self._norms = fuse_norms(model)
 
     def restore(self) -> None:
         """The stock forward, checkpointing and memory layout again, with the weights as trained. Safe to call twice."""
@@ -61,6 +66,8 @@ class AcceleratedMoe:
         for block in self._blocks:
             block.detach()
         self._blocks = []
+        unfuse_norms(self._norms)
+        self._norms = []
         for layer, was_checkpointed in self._switched:
             layer.gradient_checkpointing = was_checkpointed
         self._switched = []
@@ -85,6 +92,8 @@ def accelerate_moe(
     starts: then call this in on_train_begin.
 
     graphs: whether training steps on a GPU are replayed as CUDA graphs; what that changes is in StepGraphs.
+
+    Norms whose weights are frozen are computed in one launch each.
 
     The experts' matmuls, adapters included, run in the dtype that the stock base linears would multiply in. An expert
     without a token in a batch gets gradients of zeros, where the stock path leaves None: finding out which would make
@@ -122,6 +131,7 @@ def accelerate_moe(
             done.detach()
         raise
     accelerated = AcceleratedMoe(blocks, layers, checkpointed)
+    accelerated.fuse_norms(model)
     if graphs and next(model.parameters()).is_cuda:
         accelerated.graphs = StepGraphs(model, [block.stacks for block in blocks])
     return accelerated
