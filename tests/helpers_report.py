@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 from pathlib import Path
 
-from helpers_points import MS, write_point
+from helpers_points import MS, gpu_environment, write_point
 
 from tunescope.config import Point
 
@@ -94,5 +94,20 @@ def mixed_folder(folder: Path, *, factor: float = 1.0) -> Path:
     write_point(
         folder / "cs-k8-b2-full-nvidia-a40", point(top_k=8, batch=2), status="failed",
         cause="FileNotFoundError: /home/alice/secret/data.json is missing on alice@box17",
+    )  # fmt: skip
+    return folder
+
+
+HOSTILE = "<script>alert('x')</script>\"&\u202egpj.exe $\\frac{1}{0}$ \x07"
+
+
+def hostile_folder(folder: Path) -> Path:
+    """Two points whose device, commit, folder, cause and code path are markup, mathematics and control characters."""
+    environment = gpu_environment(HOSTILE, 44.4) | {"git_revision": f"</style>{HOSTILE}"}
+    durations = [1000 * MS + n for n in range(23)]
+    write_point(folder / "a'\"><svg onload=x>", point(), durations, environment=environment)
+    write_point(
+        folder / "b", point(batch=2), status="failed", cause=HOSTILE * 3, environment=environment,
+        point_changes={"moe": "]]>--><script>"},
     )  # fmt: skip
     return folder

@@ -1,5 +1,6 @@
 """What is drawn equals the table: bars and marks against the rows of a chart, and those against analyze's."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tunescope.errors import UserError
 from tunescope.hardware import GIB
 from tunescope.report.figures import kernels, latency, model, style
 from tunescope.report.figures import throughput as rates
-from tunescope.report.figures.chart import BARS, COLUMNS, MAX_GROUPS, STACKED, Chart, entry, frame_of, wide
+from tunescope.report.figures.chart import BARS, COLUMNS, MAX_GROUPS, MAX_PANELS, STACKED, Chart, entry, frame_of, wide
 from tunescope.report.figures.draw import panel_figure, quiet, save, sheet
 from tunescope.report.figures.experts import figure11
 from tunescope.report.figures.plots import plot_latency, plot_throughput, plot_utilization
@@ -100,6 +101,59 @@ def test_missing_points_are_drawn_as_missing(tmp_path: Path) -> None:
     # All eight bars of the paper's figure have their place.
     assert len(ours) == len(paper.figure8_order("mixtral")) == 8
     assert check_drawn(chart) == 2 + 8
+
+
+PAPERS_BARS = {  # figure -> its chart of no point at all, and the paper's numbers for one model
+    "4": (lambda name: latency.figure4(None, [name]), "phase_latency", "latency_s", 1.0),
+    "5": (lambda name: latency.figure5(None, [name]), "layer_latency", "latency_s", 1e3),
+    "6": (lambda name: latency.figure6(None, [name]), "kernel_latency", "latency_us", 1.0),
+    "9": (lambda name: kernels.figure9(None, [name]), "sm_utilization", "sm_throughput_pct", 1.0),
+    "10": (lambda name: kernels.figure10(None, [name]), "memory_utilization", "memory_throughput_pct", 1.0),
+    "11": (lambda name: figure11([], [name]), "expert_tokens", "tokens_per_query", 1.0),
+}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "blackmamba"])
+@pytest.mark.parametrize("figure", list(PAPERS_BARS))
+def test_without_a_point_the_papers_bars_stand_alone_and_ours_is_missing(figure: str, name: str) -> None:
+    make, table, column, factor = PAPERS_BARS[figure]
+    chart = make(name)
+    numbers = [factor * float(row[column]) for row in paper.rows(table) if row["model"] == name]
+    assert sorted(chart.frame["value"].dropna()) == pytest.approx(sorted(numbers))
+    assert check_drawn(chart) == len(numbers)
+    missing = chart.frame[chart.frame["value"].isna()]
+    assert set(missing["note"]) == {"not measured"}
+    assert set(missing["panel"]) == set(chart.panels)
+    assert chart.own().is_empty
+    assert not chart.is_empty
+
+
+def test_figure8_without_a_point_is_the_papers_alone() -> None:
+    chart = rates.figure8(None, ["mixtral", "qwen3_moe"])  # the paper has no Qwen
+    assert chart.panels == ["mixtral, paper, A40"]
+    assert check_drawn(chart) == len(paper.figure8_order("mixtral"))
+    assert chart.own().is_empty
+
+
+def test_bars_that_were_not_measured_stand_beside_those_that_were(breakdowns) -> None:
+    kept = breakdowns.points[breakdowns.points["per_device_batch_size"] == 30]
+    kept = kept[kept["seq_len_tokens"] == 128]
+    chart = latency.figure4(replace(breakdowns, points=kept))
+    assert chart.panels == ["blackmamba, NVIDIA H200, preset full"]
+    notes = chart.frame[chart.frame["bar"] == latency.MEASURED].groupby("group")["note"].first()
+    assert sorted(notes[notes == "not measured"].index) == [
+        f"random len 128 {bar}" for bar in ("dense 1", "sparse 1", "sparse 84")
+    ]
+    assert chart.frame.loc[chart.frame["bar"] == latency.PAPERS, "group"].nunique() == 5
+    check_drawn(chart)
+
+
+def test_many_panels_leave_the_papers_their_room() -> None:
+    own = [entry(f"machine {n}", "g", "measured", n) for n in range(3 * MAX_PANELS)]
+    chart = Chart("many", "many", frame_of([*own, entry("mixtral, paper, A40", "g", "paper, A40", 1.0)]), "units")
+    panels = list(dict.fromkeys(chart.drawn()["panel"]))
+    assert len(panels) == MAX_PANELS + 1
+    assert panels[-1] == "mixtral, paper, A40"
 
 
 def test_energy_and_money_are_arithmetic_on_the_table(tmp_path: Path) -> None:
@@ -207,12 +261,17 @@ def kernel_points():
     return KernelTables(pd.DataFrame([key]), cells)
 
 
+def _of_points(chart: Chart) -> Chart:
+    """Without the paper's bars that no point has."""
+    unmeasured = chart.frame.loc[chart.frame["note"].eq("not measured"), "panel"]
+    return replace(chart, frame=chart.frame[~chart.frame["panel"].isin(unmeasured)])
+
+
 def test_figures_9_and_10_have_dram_beside_and_leave_small_operators_out(kernel_points) -> None:
-    sm = kernels.figure9(kernel_points)
+    sm, memory = (_of_points(make(kernel_points)) for make in (kernels.figure9, kernels.figure10))
     assert sm.frame.groupby("series")["value"].apply(list).to_dict() == {
         "SM": [40.0, 5.0, 36.0], kernels.PAPERS: [32.5, 30.0],
     }  # fmt: skip
-    memory = kernels.figure10(kernel_points)
     assert list(dict.fromkeys(memory.frame["series"])) == ["Memory [%]", "DRAM", kernels.PAPERS]
     assert "other" not in set(memory.frame["group"])
     missing = memory.frame[memory.frame["value"].isna()]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers_points import MS, cpu_environment, gpu_environment, link_copies, write_point
-from helpers_report import Page, mixed_folder, point
+from helpers_report import Page, hostile_folder, mixed_folder, point
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +20,7 @@ from tunescope.analyze.throughput import throughput
 from tunescope.cost.prices import read_user_prices
 from tunescope.errors import UserError
 from tunescope.report.compare import FASTER, NO_INTERVAL, NOISE, SLOWER, compare, ratio_interval, verdict
+from tunescope.report.figures import papers
 from tunescope.report.figures import throughput as rates
 from tunescope.report.figures.chart import HIGHER, LOWER
 from tunescope.report.page.build import write_report
@@ -68,7 +69,8 @@ def test_throughput_on_the_page_is_the_parsers(h200) -> None:
 
 def test_phases_on_the_page_are_the_parsers(h200) -> None:
     phases = latency_tables(H200 / "blackmamba" / "latency").phases
-    shown = [float(sort) for _, sort in h200[0].column("figure04_phases-table", "measured: forward")]
+    cells = h200[0].column("figure04_phases-table", "measured: forward")
+    shown = [float(sort) for _, sort in cells if sort]  # none where the folder lacks the paper's bar
     assert shown == phases.loc[phases["phase"] == "forward", "duration_s"].tolist()
 
 
@@ -202,18 +204,9 @@ def test_figures_are_written_as_files_too(tmp_path: Path) -> None:
 
 # --- what comes from files ---
 
-HOSTILE = "<script>alert('x')</script>\"&\u202egpj.exe $\\frac{1}{0}$ \x07"
-
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
-    environment = gpu_environment(HOSTILE, 44.4) | {"git_revision": f"</style>{HOSTILE}"}
-    durations = [1000 * MS + n for n in range(23)]
-    write_point(tmp_path / "p" / "a'\"><svg onload=x>", point(), durations, environment=environment)
-    write_point(
-        tmp_path / "p" / "b", point(batch=2), status="failed", cause=HOSTILE * 3, environment=environment,
-        point_changes={"moe": "]]>--><script>"},
-    )  # fmt: skip
-    page, html = report(tmp_path / "p", tmp_path / "out")
+    page, html = report(hostile_folder(tmp_path / "p"), tmp_path / "out")
     assert page.is_balanced
     tags = [tag for tag, _ in page.tags]
     assert tags.count("script") == 1
@@ -278,6 +271,26 @@ def test_a_folder_with_one_point(tmp_path: Path) -> None:
     assert float(shown) == pytest.approx(10.0)
 
 
+def test_what_a_folder_lacks_is_drawn_as_the_papers_alone(tmp_path: Path) -> None:
+    write_point(tmp_path / "p" / "a", point(batch=64), status="oom", cause="CUDA out of memory")
+    page, html = report(tmp_path / "p", tmp_path / "out")
+    for name in ("figure04_phases", "figure05_layers", "figure06_kernels", "figure09_sm", "figure10_memory"):
+        header = [text for text, _ in page.tables[f"{name}-table"][0]]
+        cells = [row[1:] for row in page.tables[f"{name}-table"][1:]]
+        for column, title in enumerate(header[1:]):
+            values = [float(row[column][1]) for row in cells if row[column][1]]
+            assert bool(values) == title.startswith(papers.PAPERS), (name, title)
+        assert any(text == papers.NOT_MEASURED_YET for row in cells for text, _ in row), name
+    for figure in (4, 5, 6, 8, 9, 10, 11):
+        section = html[html.index(f'<section id="figure{figure}"') :]
+        section = section[: section.index("</section>")]
+        assert "What is drawn is the paper's alone." in section
+        assert "<svg" in section
+        assert ">not measured</text>" in section
+        assert "blackmamba" not in section.replace("mamba_", "")  # a model that the folder has nothing of
+    assert page.text.count("(not measured)") == html.count("The commands below measure it.")
+
+
 def test_only_failed_points_still_make_a_page(tmp_path: Path) -> None:
     write_point(tmp_path / "p" / "a", point(), status="oom", cause="CUDA out of memory")
     page, _ = report(tmp_path / "p", tmp_path / "out")
@@ -340,6 +353,10 @@ def test_comparing_has_both_the_ratio_and_a_verdict(tmp_path: Path) -> None:
     assert {row[6][0] for row in energy[1:]} == {NO_INTERVAL}
     same, _ = report(a, tmp_path / "out2", a)
     assert {row[6][0] for row in same.tables["figure8-compared"][1:]} == {NOISE}
+    # What is the paper's is neither compared nor drawn twice.
+    assert "figure4-compared" not in page.tables
+    bars = [text for text, _ in page.column("figure04_phases-table", "data, sparsity, batch")]
+    assert len(bars) == len(set(bars)) == 5
 
 
 def test_bars_that_only_one_folder_has_are_kept(tmp_path: Path) -> None:
