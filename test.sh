@@ -5,6 +5,12 @@ cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 source src/tunescope/launch.sh
 python=$(launch --python-for dev)
 
+# A browser is only fetched where its tests may run: all of them, or those of the page.
+if (($# == 0)) || [[ "$*" == *page* ]]; then
+    source tests/page_browser.sh
+    page_browser
+fi
+
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy

@@ -1,7 +1,7 @@
 """A figure's numbers, in one shape for all figures: what is drawn, and what the table beneath it shows."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -11,6 +11,7 @@ HIGHER, LOWER = "higher", "lower"
 # Chart.frame. key: what the same bar of another folder has, too; machine and place are not in it.
 COLUMNS = ("panel", "place", "group", "bar", "series", "x", "value", "low", "high", "note", "key")
 NOT_MEASURED = "n/a"
+PAPERS = "paper, A40"  # a bar or series of the paper's, and how the name of a panel ends that has nothing else
 MAX_GROUPS, MAX_PANELS = 24, 12  # beyond them a figure cannot be read; the table has the rest
 
 
@@ -50,6 +51,12 @@ class Chart:
     def is_empty(self) -> bool:
         return not self.frame["value"].notna().any()
 
+    def own(self) -> "Chart":
+        """Without what is the paper's: the folder's own points, those without a number too."""
+        frame = self.frame
+        theirs = [frame[column].astype(str).str.startswith(PAPERS) for column in ("bar", "series")]
+        return replace(self, frame=frame[~(theirs[0] | theirs[1])])
+
     @property
     def has_whole_x(self) -> bool:
         return not (self.frame["x"].dropna() % 1).any()
@@ -58,8 +65,11 @@ class Chart:
         return self.frame[self.frame["panel"] == panel]
 
     def drawn(self) -> pd.DataFrame:
-        """Rows that a figure has room for: the first MAX_GROUPS groups of the first MAX_PANELS panels."""
-        frame = self.frame[self.frame["panel"].isin(self.panels[:MAX_PANELS])]
+        """Rows that a figure has room for: the first MAX_GROUPS groups of the first MAX_PANELS panels, and of as many
+        that are the paper's alone."""
+        papers = [panel for panel in self.panels if panel.endswith(PAPERS)]
+        own = [panel for panel in self.panels if panel not in papers]
+        frame = self.frame[self.frame["panel"].isin([*own[:MAX_PANELS], *papers[:MAX_PANELS]])]
         if self.kind in (LINES, SCATTER):
             return frame
         kept = [

@@ -1,6 +1,6 @@
 """From the tables of latency points: Figures 4, 5 and 6; recompute, the GPU's busy time, and memory by phase."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,8 +12,10 @@ from tunescope.analyze.points import UNREADABLE
 from tunescope.families import FAMILIES
 from tunescope.hardware import GIB
 from tunescope.paper import latency as papers
+from tunescope.report.figures import papers as unmeasured
 from tunescope.report.figures.chart import (
     LOWER,
+    PAPERS,
     STACKED,
     Chart,
     entry,
@@ -26,7 +28,7 @@ from tunescope.report.figures.chart import (
 )
 from tunescope.report.text import records
 
-MEASURED, PAPERS = "measured", "paper, A40"
+MEASURED = "measured"
 BACKWARD_ALONE = "backward, recompute apart"
 _GROUP_LABEL = "data, sparsity, batch"
 _SMALL_FRAC = 0.01  # of the time of a part: operators below it and without the paper's number are not drawn
@@ -36,16 +38,22 @@ def shown_rows(tables: LatencyTables) -> list[dict[str, Any]]:
     return records(tables.points[tables.points["status"] != UNREADABLE])
 
 
-def figure4(tables: LatencyTables) -> Chart:
-    """Seconds of a step by phase, ours and the paper's. The paper's backward has the recompute in it, ours apart."""
+def figure4(tables: LatencyTables | None, models: Sequence[str] = ()) -> Chart:
+    """Seconds of a step by phase, ours and the paper's. The paper's backward has the recompute in it, ours apart.
+
+    tables: None without a point. models: whose bars of the paper stand there even if no point is of them; so in
+    figure5 and figure6.
+    """
     entries: list[dict[str, Any]] = []
-    for row in shown_rows(tables):
+    rows = [] if tables is None else shown_rows(tables)
+    for row in rows:
+        assert tables is not None
         seconds, lows, highs = (_by(tables.phases, row, "phase", f"duration_s{end}") for end in ("", "_low", "_high"))
         ours = _phases(seconds)
         intervals = {phase: (lows[phase], highs[phase]) for phase in ours if phase in lows}
         entries += _stack(machine(row), row, MEASURED, ours, "phase", intervals)
-        theirs = _papers(papers.phase_s, row)
-        entries += _stack(_papers_panel(row), row, PAPERS, theirs, "phase") if theirs else []
+        entries += _beside(papers.phase_s, row, "phase")
+    entries += _unmeasured(rows, models, papers.phase_s, "phase")
     order = (files.FORWARD, files.RECOMPUTE, BACKWARD_ALONE, files.BACKWARD, files.CLIP, files.OPTIMIZER_STEP)
     return _stacked("figure04_phases", "Figure 4: phases of a step", entries, "s a step", order)
 
@@ -61,29 +69,36 @@ def _phases(seconds: dict[str, float]) -> dict[str, float]:
     return made
 
 
-def figure5(tables: LatencyTables) -> Chart:
+def figure5(tables: LatencyTables | None, models: Sequence[str] = ()) -> Chart:
     """GPU time of each part of the decoder layers (ms a step, all passes), ours and the paper's."""
     entries: list[dict[str, Any]] = []
-    for row in shown_rows(tables):
+    rows = [] if tables is None else shown_rows(tables)
+    for row in rows:
+        assert tables is not None
         of_point = _of_point(tables.layers, row)
         ours: dict[str, float] = {}
         if len(of_point):
             cells = summed_over_layers(of_point[of_point["layer"] >= 0])
             ours = {str(part): ns / 1e6 for part, ns in cells.groupby("part", sort=False)["busy_ns"].sum().items()}
         entries += _stack(machine(row), row, MEASURED, ours, "part")
-        theirs = {part: 1e3 * seconds for part, seconds in _papers(papers.layer_s, row).items()}
-        entries += _stack(_papers_panel(row), row, PAPERS, theirs, "part") if theirs else []
+        entries += _beside(_layer_ms, row, "part")
+    entries += _unmeasured(rows, models, _layer_ms, "part")
     order = [part for layout in LAYOUTS for part in layout.parts]
     return _stacked("figure05_layers", "Figure 5: parts of the decoder layers", entries, "ms a step", order)
 
 
-def figure6(tables: LatencyTables) -> Chart:
+def figure6(tables: LatencyTables | None, models: Sequence[str] = ()) -> Chart:
     """Mean of one launch of each operator of the MoE layer (us), over all passes, the paper's beside it."""
     entries: list[dict[str, Any]] = []
-    for row in shown_rows(tables):
+    rows = [] if tables is None else shown_rows(tables)
+    for row in rows:
+        assert tables is not None
+        panel = f"{label(row)} of {machine(row)}"
         cells = _of_point(tables.operators, row)
         cells = cells[cells["part"] == row.get("op_part")] if len(cells) else cells
         if cells.empty:
+            entries.append(_no_operators(panel, row))
+            entries += _papers_operators(panel, row) if has_papers_size(row) else []
             continue
         sums = cells.groupby("label", sort=False).agg(
             busy_ns=("busy_ns", "sum"),
@@ -91,15 +106,17 @@ def figure6(tables: LatencyTables) -> Chart:
             paper_us=("paper_a40_us_per_launch", "max"),
         )
         shown = sums[(sums["busy_ns"] >= _SMALL_FRAC * sums["busy_ns"].sum()) | sums["paper_us"].notna()]
-        layout = FAMILIES[row["model"]].layout if row["model"] in FAMILIES else None
-        panel = f"{label(row)} of {machine(row)}"
-        for name in in_order(map(str, shown.index), layout.op_order if layout else ()):
+        for name in in_order(map(str, shown.index), _op_order(row)):
             busy_ns, launches, paper_us = (float(shown.loc[name, column]) for column in shown.columns)
             bar: dict[str, Any] = {"panel": panel, "group": name}
             us = busy_ns / launches / 1e3 if launches else None
             entries.append(entry(**bar, series=MEASURED, value=us, key=key_of(row, name)))
             if has_papers_size(row) and paper_us == paper_us:
                 entries.append(entry(**bar, series=PAPERS, value=paper_us, key=key_of(row, name, "paper")))
+    for missing in unmeasured.breakdown_bars(rows, models):
+        panel = f"{label(missing.row)} of {missing.panel}"
+        entries += [] if missing.is_told else [_no_operators(panel, missing.row)]
+        entries += _papers_operators(panel, missing.row)
     return Chart(
         "figure06_kernels", "Figure 6: one launch of each operator of the MoE layer", frame_of(entries),
         "us a launch", better=LOWER, group_label="operator",
@@ -171,6 +188,28 @@ def _by(frame: pd.DataFrame, row: dict[str, Any], key: str, value: str) -> dict[
     return dict(zip(cells[key].astype(str), cells[value].astype(float), strict=True))
 
 
+def _op_order(row: Mapping[str, Any]) -> Sequence[str]:
+    layout = FAMILIES[row["model"]].layout if row["model"] in FAMILIES else None
+    return layout.op_order if layout else ()
+
+
+def _no_operators(panel: str, row: dict[str, Any]) -> dict[str, Any]:
+    note = str(row["status"]) if row["status"] != "ok" else ""
+    return entry(panel, "all operators", MEASURED, None, note=note, key=key_of(row, "operators", "missing"))
+
+
+def _papers_operators(panel: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+    theirs = _papers(papers.kernel_us, row)
+    return [
+        entry(panel, name, PAPERS, theirs[name], key=key_of(row, name, "paper"))
+        for name in in_order(theirs, _op_order(row))
+    ]
+
+
+def _layer_ms(*bar: Any) -> dict[str, float]:
+    return {part: 1e3 * seconds for part, seconds in papers.layer_s(*bar).items()}
+
+
 def _papers(lookup: Any, row: dict[str, Any]) -> dict[str, float]:
     if row["top_k"] is None or pd.isna(row["top_k"]) or pd.isna(row["seq_len_tokens"]):
         return {}
@@ -179,9 +218,22 @@ def _papers(lookup: Any, row: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _papers_panel(row: dict[str, Any]) -> str:
-    """Beside ours where sizes agree, in a panel of its own where they do not."""
-    return machine(row) if has_papers_size(row) else f"{row['model']}, {PAPERS}"
+def _beside(lookup: Any, row: dict[str, Any], what: str) -> Iterable[dict[str, Any]]:
+    """The paper's bar in the panel of a point of its own size."""
+    theirs = _papers(lookup, row) if has_papers_size(row) else {}
+    return _stack(machine(row), row, PAPERS, theirs, what) if theirs else ()
+
+
+def _unmeasured(
+    rows: Sequence[dict[str, Any]], models: Sequence[str], lookup: Any, what: str
+) -> Iterator[dict[str, Any]]:
+    """The paper's bars that stand beside no point, and ours there as missing."""
+    for missing in unmeasured.breakdown_bars(rows, models):
+        if not missing.is_told:
+            yield from _stack(missing.panel, missing.row, MEASURED, {}, what)
+        theirs = _papers(lookup, missing.row)
+        if theirs:
+            yield from _stack(missing.panel, missing.row, PAPERS, theirs, what)
 
 
 def _stack(
@@ -203,9 +255,8 @@ def _stack(
 
 
 def _stacked(name: str, title: str, entries: list[dict[str, Any]], value_label: str, order: Iterable[str]) -> Chart:
-    """Segments in `order`; several devices' paper panels are one."""
-    unique = {(row["panel"], row["place"], row["bar"], row["series"], row["key"]): row for row in entries}
-    made = frame_of(unique.values())
+    """Segments in `order`."""
+    made = frame_of(entries)
     series = in_order(made["series"], list(order))
     if len(made):
         ranks = {name: rank for rank, name in enumerate(series)}

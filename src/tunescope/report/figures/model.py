@@ -43,7 +43,7 @@ def figure13() -> Chart:
     entries = []
     for row in records(table[table["reading"].str.endswith(paper_tables.NO_FLOOR)]):
         memory_gb = row["gpu_memory_gb"]
-        group = f"{memory_gb:g} GB ({row['gpu']})"
+        group = f"{memory_gb:g} GB" + (f" ({row['gpu']})" if row["gpu"] else "")
         if row["reading"].startswith(CODED):
             kind = "measured" if row["kind"] == "ground_truth_point" else "projected"
             entries.append(entry("mixtral", group, f"{PAPERS}, {kind}", row["paper_queries"], x=memory_gb))

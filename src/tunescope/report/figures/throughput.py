@@ -9,10 +9,12 @@ from tunescope import paper
 from tunescope.analyze.points import UNREADABLE
 from tunescope.cost.prices import Price, find_price
 from tunescope.errors import UserError
+from tunescope.report.figures import papers as unmeasured
 from tunescope.report.figures.chart import (
     HIGHER,
     LOWER,
     NOT_MEASURED,
+    PAPERS,
     Chart,
     entry,
     frame_of,
@@ -23,7 +25,7 @@ from tunescope.report.figures.chart import (
 )
 from tunescope.report.text import records
 
-MEASURED, PAPERS = "measured", "paper, A40"
+MEASURED = "measured"
 QUERIES = 1000
 STOCK = "stock"
 
@@ -33,13 +35,14 @@ def shown_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return records(table[(table["status"] != UNREADABLE) & ~table["is_shallow_end"].eq(True)])
 
 
-def figure8(table: pd.DataFrame) -> Chart:
+def figure8(table: pd.DataFrame | None, models: Sequence[str] = ()) -> Chart:
     """Queries/s of each point with its interval, the paper's A40 beside those of its model at full size.
 
     Of preset slice: what the line through its two depths gives for all layers. The paper's bars that a machine did
-    not measure at full size stand there as missing.
+    not measure at full size stand there as missing. table: None without a point. models: whose bars of the paper
+    stand there even if no point is of them.
     """
-    rows = shown_rows(table)
+    rows = [] if table is None else shown_rows(table)
     entries = []
     for row, place in zip(rows, _places(rows), strict=True):
         value, interval = rate(row)
@@ -50,9 +53,11 @@ def figure8(table: pd.DataFrame) -> Chart:
         theirs = row["paper_a40_queries_per_s"]
         if _beside_paper(row):
             entries.append(entry(**bar, series=PAPERS, value=theirs, key=key_of(row, "paper")))
-    entries += _unmeasured(rows)
-    if not any(row["series"] == PAPERS for row in entries):
-        entries += _papers_own(sorted({str(row["model"]) for row in rows}))
+    beside = {row["model"] for row in rows if _beside_paper(row)}
+    for missing in unmeasured.throughput_bars(rows, models):
+        if missing.panel == unmeasured.own_panel(missing.row["model"]) and missing.row["model"] in beside:
+            continue  # they stand beside a slice
+        entries += _unmeasured(missing)
     return Chart(
         "figure08_throughput", "Figure 8: fine-tuning throughput", frame_of(entries), "queries/s", better=HIGHER,
         group_label="data, sparsity, batch",
@@ -168,29 +173,13 @@ def _places(rows: Sequence[dict[str, Any]]) -> list[str]:
     return names
 
 
-def _unmeasured(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The paper's bars that are missing in a panel that stands beside the paper."""
-    measured: dict[tuple[str, str], set[tuple[str, int, int]]] = {}
-    for row in rows:
-        if has_papers_size(row):
-            bar = (str(row["dataset"]), int(row["top_k"]), int(row["per_device_batch_size"]))
-            measured.setdefault((str(row["model"]), machine(row)), set()).add(bar)
-    for (model, panel), bars in measured.items():
-        for dataset, top_k, batch in paper.figure8_order(model):
-            if (dataset, top_k, batch) in bars:
-                continue
-            group = f"{dataset} {'sparse' if top_k == 2 else 'dense'} {batch}"
-            yield entry(panel, group, MEASURED, None, note="not measured", key=f"{model}|full|{group}|queries/s")
-            theirs = paper.a40_queries_per_s(model, dataset, top_k, batch)
-            yield entry(panel, group, PAPERS, theirs, key=f"{model}|full|{group}|paper")
-
-
-def _papers_own(models: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for model in models:
-        for dataset, top_k, batch in paper.figure8_order(model):
-            group = f"{dataset} {'sparse' if top_k == 2 else 'dense'} {batch}"
-            theirs = paper.a40_queries_per_s(model, dataset, top_k, batch)
-            yield entry(f"{model}, the paper's {paper.GPU}", group, PAPERS, theirs, key=f"{model}|{group}|paper")
+def _unmeasured(missing: unmeasured.Bar) -> Iterator[dict[str, Any]]:
+    row = missing.row
+    bar: dict[str, Any] = {"panel": missing.panel, "group": label(row)}
+    if not missing.is_told:
+        yield entry(**bar, series=MEASURED, value=None, note=row["status"], key=key_of(row, "queries/s"))
+    theirs = paper.a40_queries_per_s(row["model"], row["dataset"], row["top_k"], row["per_device_batch_size"])
+    yield entry(**bar, series=PAPERS, value=theirs, key=key_of(row, "paper"))
 
 
 def _prices(names: dict[str, Any], own: Sequence[Price]) -> tuple[dict[str, Price], list[str]]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tunescope import __version__
 from tunescope.cost.prices import Price
 from tunescope.errors import UserError
 from tunescope.report.compare import both, compare
-from tunescope.report.figures.chart import MAX_GROUPS, MAX_PANELS, Chart
+from tunescope.report.figures.chart import MAX_GROUPS, MAX_PANELS, PAPERS, Chart
 from tunescope.report.figures.draw import save
 from tunescope.report.figures.svg import InlineSvg, inline_svg, sheet_svg
 from tunescope.report.page.clean import clean_text
@@ -132,7 +132,7 @@ def _shown(
         chart, tables = section.chart, list(section.tables)
         if others is not None and section.kinds:
             theirs = others[place]
-            compared = compare(chart, theirs.chart)
+            compared = compare(chart.own(), theirs.chart.own())
             if len(compared):
                 tables.insert(0, comparison_table(section.name, section.heading, compared, names))
             chart = _both(chart, theirs.chart, names)
@@ -147,9 +147,15 @@ def _shown(
 
 
 def _both(a: Chart, b: Chart, names: tuple[str, str]) -> Chart:
-    return both(a if not a.frame.empty else b, b, names) if not a.frame.empty and not b.frame.empty else (
-        b if a.frame.empty else a
-    )  # fmt: skip
+    """The panels of both, each named after its folder, then once what is the paper's alone."""
+    papers = [chart.frame["panel"].astype(str).str.endswith(PAPERS) for chart in (a, b)]
+    own = [replace(chart, frame=chart.frame[~apart]) for chart, apart in zip((a, b), papers, strict=True)]
+    whole = [chart for chart in own if not chart.frame.empty]
+    merged = both(own[0], own[1], names) if len(whole) == 2 else (whole or own)[0]
+    theirs = pd.concat([chart.frame[apart] for chart, apart in zip((a, b), papers, strict=True)])
+    theirs = theirs.drop_duplicates(["panel", "place", "bar", "series", "x"])
+    frames = [frame for frame in (merged.frame, theirs) if len(frame)]
+    return replace(merged, frame=pd.concat(frames, ignore_index=True)) if len(theirs) else merged
 
 
 def _renamed(table: Table, name: str) -> Table:

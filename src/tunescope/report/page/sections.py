@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 
 from tunescope.cost.prices import Price
+from tunescope.families import FAMILIES
 from tunescope.report.figures import kernels, latency, model, throughput
 from tunescope.report.figures.chart import Chart, entry, frame_of
 from tunescope.report.figures.experts import figure11
+from tunescope.report.figures.papers import models as papers_models
 from tunescope.report.page.collect import Collected
 from tunescope.report.page.tables import Table, frame_table
 
@@ -52,14 +55,25 @@ class Section:
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def lacks_points(self) -> bool:
+        """Whether nothing of the folder is in a figure that is made from points."""
+        return bool(self.kinds) and self.chart.own().is_empty
+
 
 def sections(found: Collected, prices: Sequence[Price] = ()) -> list[Section]:
     """In the paper's order, then what the paper has not."""
-    return [*_papers_measured(found), *_papers_model(found), *_beyond(found, prices)]
+    return [*_papers_measured(found, models_of(found)), *_papers_model(found), *_beyond(found, prices)]
 
 
-def _papers_measured(found: Collected) -> list[Section]:
-    no_tp = "No throughput point was found."
+def models_of(found: Collected) -> list[str]:
+    """Whose bars of the paper are drawn, measured or not: the folder's models; all of the paper's if it has none."""
+    names = list(dict.fromkeys(map(str, found.points["model"]))) if "model" in found.points else []
+    return papers_models(names) if names else papers_models(FAMILIES)
+
+
+def _papers_measured(found: Collected, models: Sequence[str]) -> list[Section]:
+    no_tp = "No throughput point has numbers."
     return [
         Section(
             "figure2", "Figure 2: how long the queries are", model.lengths(),
@@ -68,41 +82,41 @@ def _papers_measured(found: Collected) -> list[Section]:
             "python3 -m tunescope estimate --data cs", "",
         ),
         _of_latency(
-            found, "figure4", "Figure 4: phases of a step", latency.figure4,
+            found, "figure4", "Figure 4: phases of a step", latency.figure4(found.latency, models),
             "Segments add up to one unprofiled step; the paper's backward has the recompute in it, ours stands apart. "
             "Compare shares between GPUs, not seconds.",
             [("latency-quality", "How it was measured")],
         ),
         _of_latency(
-            found, "figure5", "Figure 5: parts of the decoder layers", latency.figure5,
+            found, "figure5", "Figure 5: parts of the decoder layers", latency.figure5(found.latency, models),
             "Busy time of each part over all layers and all passes of one step; without a GPU it is operators' own "
             "time on the CPU. The paper's bars are 10 to 46 % shorter than its own Figure 4.",
         ),
         _of_latency(
-            found, "figure6", "Figure 6: operators of the MoE layer", latency.figure6,
+            found, "figure6", "Figure 6: operators of the MoE layer", latency.figure6(found.latency, models),
             "The mean duration of one launch of each operator, not its sum: many are launched once an expert. "
             "Operators below 1 % of the layer's time are left out unless the paper has them.",
         ),
         Section(
-            "figure8", "Figure 8: throughput", _chart(found.throughput, throughput.figure8, "figure08_throughput"),
+            "figure8", "Figure 8: throughput", throughput.figure8(found.throughput, models),
             "Queries per second of the timed steps, warm-up left out; whiskers are 95 % intervals over steps. "
             "Hatched boxes are bars that are missing, with the reason.",
             _TP, no_tp, ("throughput",),
             [] if found.throughput is None else [_throughput_table(found.throughput)],
         ),
         _of_kernels(
-            found, "figure9", "Figure 9: SM utilisation", kernels.figure9, _SM,
+            "figure9", "Figure 9: SM utilisation", kernels.figure9(found.kernels, models), _SM,
             "Of the busiest unit of the multiprocessors, in % of its peak, weighted by time. A panel's title says "
             "whether Nsight Compute counted it (ncu) or a roofline modelled it.",
         ),
         _of_kernels(
-            found, "figure10", "Figure 10: memory utilisation, and DRAM's own", kernels.figure10, _MEM,
+            "figure10", "Figure 10: memory utilisation, and DRAM's own", kernels.figure10(found.kernels, models), _MEM,
             "The paper's quantity is Nsight Compute's Memory [%]: the busiest unit of the memory system, caches "
             "included. DRAM's own utilisation stands beside it.",
         ),
         Section(
             "figure11", "Figure 11: tokens per expert",
-            figure11([] if found.latency is None else found.latency.experts),
+            figure11([] if found.latency is None else found.latency.experts, models),
             "Mean over layers of the tokens that a query sends to each expert, before and after training; even bars "
             "mean balanced experts. With random weights nothing follows about routing.",
             _LT, "No breakdown with expert counts was found.", ("latency",),
@@ -149,32 +163,35 @@ def _papers_model(found: Collected) -> list[Section]:
 def _beyond(found: Collected, prices: Sequence[Price]) -> list[Section]:
     table = found.throughput
     cost, words = throughput.money(table, prices) if table is not None else (_empty("money"), [])
-    path_chart = _chart(table, throughput.paths, "paths")
+    path_chart = _or_empty(table, throughput.paths, "paths")
     return [
         _of_latency(
-            found, "recompute", "Beyond the paper: recompute's share", latency.recompute,
+            found, "recompute", "Beyond the paper: recompute's share",
+            _or_empty(found.latency, latency.recompute, "recompute"),
             "How the busy time of a step divides into passes; recompute is the forward that gradient checkpointing "
             "repeats. It is what training without checkpointing would save, if memory allowed.",
         ),
         _of_latency(
-            found, "busy", "Beyond the paper: busy and idle", latency.busy,
+            found, "busy", "Beyond the paper: busy and idle",
+            _or_empty(found.latency, latency.busy, "busy"),
             "The part of a step in which at least one kernel runs, and the part in which the GPU waits for the host. "
             "A step that is mostly idle gains nothing from a faster GPU.",
         ),
         _of_latency(
-            found, "memory", "Beyond the paper: memory by phase", latency.memory,
+            found, "memory", "Beyond the paper: memory by phase",
+            _or_empty(found.latency, latency.memory, "memory"),
             "The highest allocated memory in each phase; on a GPU absolute. Without a GPU it is the growth since the "
             "step began.",
         ),
         Section(
             "roofline", "Beyond the paper: roofline",
-            kernels.roofline(found.rooflines) if found.rooflines is not None else _empty("roofline"),
+            _or_empty(found.rooflines, kernels.roofline, "roofline"),
             "Each mark is an operator of the MoE layer; the lines are what the GPU's memory and arithmetic allow. Far "
             "below both lines neither limits it: launches do.",
             _ROOF, "No point of the kernel launchers was found.", ("ncu",),
         ),
         Section(
-            "energy", "Beyond the paper: energy", _chart(table, throughput.energy, "energy"),
+            "energy", "Beyond the paper: energy", _or_empty(table, throughput.energy, "energy"),
             "Energy of the whole GPU for 1,000 queries, by the board's own meter over the timed steps. The host's "
             "energy is not in it.",
             _TP, "No point has energy: it needs a GPU whose driver counts it.", ("throughput",),
@@ -197,7 +214,7 @@ def _beyond(found: Collected, prices: Sequence[Price]) -> list[Section]:
             "paths", "Beyond the paper: code paths of the experts", path_chart,
             "The same bars on one machine with different code for the experts (stock: one linear an expert; grouped: "
             "one product for all). What differs is speed alone.",
-            "python3 throughput.py DIR --format csv   # column moe",
+            "./mixtral_tp.sh --moe stock\n./mixtral_tp.sh --moe grouped\n" + _TP.splitlines()[1],
             "No bar was measured with more than one path on one machine.", ("throughput",),
         ),
     ]  # fmt: skip
@@ -207,27 +224,23 @@ def _of_latency(
     found: Collected,
     name: str,
     heading: str,
-    make: Callable[..., Chart],
+    chart: Chart,
     reading: str,
     extra: Sequence[tuple[str, str]] = (),
 ) -> Section:
-    why = "No breakdown was found."
     if found.latency is None:
-        return Section(name, heading, _empty(name), reading, _LT, why, ("latency",))
+        return Section(name, heading, chart, reading, _LT, "No breakdown was found.", ("latency",))
     points = found.latency.points
     tables = [frame_table(table, caption, points, _QUALITY_COLUMNS, 6) for table, caption in extra]
-    return Section(name, heading, make(found.latency), reading, _LT, "No breakdown is whole.", ("latency",), tables)
+    return Section(name, heading, chart, reading, _LT, "No breakdown is whole.", ("latency",), tables)
 
 
-def _of_kernels(
-    found: Collected, name: str, heading: str, make: Callable[..., Chart], command: str, reading: str
-) -> Section:
-    chart = make(found.kernels) if found.kernels is not None else _empty(name)
+def _of_kernels(name: str, heading: str, chart: Chart, command: str, reading: str) -> Section:
     return Section(name, heading, chart, reading, command, "No point of the kernel launchers is whole.", ("ncu",))
 
 
-def _chart(table: pd.DataFrame | None, make: Callable[[pd.DataFrame], Chart], name: str) -> Chart:
-    return _empty(name) if table is None or table.empty else make(table)
+def _or_empty(tables: Any, make: Callable[[Any], Chart], name: str) -> Chart:
+    return _empty(name) if tables is None else make(tables)
 
 
 def _empty(name: str) -> Chart:
