@@ -26,9 +26,10 @@ DEQUANTIZE_IMPLEMENTATIONS = ("auto", "triton", "reference")
 NESTED_BLOCK = 256  # absmax under one absmax2, in bitsandbytes' kernels and these
 
 # Rows per expert up to which decoding inside the product is taken for faster than dequantising all of a projection and
-# then multiplying. Of forward, and of the input's gradient. 400: one H200, kernels that were not tuned.
-MAX_ROWS_PER_EXPERT_TRITON = 400
-MAX_ROWS_PER_EXPERT_TRITON_DX = 400
+# then multiplying. Of forward, and of the input's gradient. One H200, Mixtral's shapes: at 128 rows 381 and 374 us
+# against 572 and 556, or 506 and 564 where rows are spread unevenly; at 192 rows 718 and 717 against 625 and 606.
+MAX_ROWS_PER_EXPERT_TRITON = 144
+MAX_ROWS_PER_EXPERT_TRITON_DX = 144
 
 
 @dataclass(frozen=True)

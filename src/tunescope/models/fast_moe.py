@@ -182,6 +182,10 @@ class _GroupedBlock:
         dtype = compute_dtype(self.stacks.linears[0][0], x_TD)
         needs_output = not _is_recomputed_for_backward(self.layer)
         out_TD = run_experts(x_TD, score_TK.to(x_TD.dtype), expert_TK, self.stacks, dtype, needs_output=needs_output)
+        if self.layer is not None and self.layer.gradient_checkpointing and self.layer.training:
+            # Keeps something small for backward after the experts have. A recompute ends by an exception at the last
+            # thing kept, and while a profiler listens torch loses one from inside an autograd function like theirs.
+            score_TK.exp()
         return out_TD.view_as(hidden_states), logits_TE
 
     def detach(self) -> None:
