@@ -23,10 +23,18 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils.checkpoint import checkpoint
 
 from tunescope import accelerate_moe
-from tunescope.models import fast_moe_function
+from tunescope.models import fast_moe_function, fast_moe_wide
 from tunescope.models.fast_moe import AccelerateMoe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["written out", "decoded in the product"])
+def written_out(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways with 4-bit weights, of which a CPU would take one only."""
+    if not request.param:
+        monkeypatch.setattr(fast_moe_wide, "is_wide", lambda *args: False)
+    return bool(request.param)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,19 +155,25 @@ def test_autocast_to_another_dtype_than_the_weights_are_multiplied_in() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_under_gradient_checkpointing(family: str, reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same gradients; the down projection is not computed again, for nothing reads what it would give."""
+def test_under_gradient_checkpointing(
+    family: str, reentrant: bool, written_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same gradients; the down projection is not computed again, for nothing reads what it would give.
+
+    Where weights are written out, those of a recompute serve its backward: as many are as without a recompute.
+    """
     model = build(FAMILIES[family], reentrant=reentrant)
     stock, wanted = step(model, tokens())
     linears = []
-    real = fast_moe_function.linear
-    monkeypatch.setattr(fast_moe_function, "linear", lambda base, *args: (linears.append(base), real(base, *args))[1])
+    module, name = (fast_moe_wide, "dequantize") if written_out else (fast_moe_function, "linear")
+    real = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda base, *args: (linears.append(base), real(base, *args))[1])
     accelerated = accelerate_moe(model)
     assert accelerated.checkpointed_layers == (0, 1)
     grouped, found = step(model, tokens())
     torch.testing.assert_close(grouped.loss, stock.loss, rtol=1e-6, atol=0)
     assert_alike(found, wanted)
-    assert len(linears) == 2 * (3 + 2)
+    assert len(linears) == 2 * (3 + 2 + written_out)
 
     accelerated.restore()
     linears.clear()
@@ -167,7 +181,7 @@ def test_under_gradient_checkpointing(family: str, reentrant: bool, monkeypatch:
     assert accelerated.checkpointed_layers == ()
     grouped, found = step(model, tokens())
     assert_alike(found, wanted)
-    assert len(linears) == 2 * 3
+    assert len(linears) == 2 * 3 * (1 + written_out)
     accelerated.restore()
     assert [layer.gradient_checkpointing for layer in model.base_model.model.model.layers] == [True, True]
 

@@ -27,8 +27,16 @@ def test_the_gated_activation_and_its_gradient(case: tuple[int, int, int]) -> No
     rows, width, seed = case
     gate, up, grad = (numbers(rows, width, seed=seed + i) for i in range(3))
     weight = numbers(rows, seed=seed + 3)
-    torch.testing.assert_close(ops.launch_gated_silu(gate, up), ops.gated_silu_ref(gate, up))
-    found = ops.launch_gated_silu_backward(gate, up, grad, weight)
+    both = torch.cat((gate, up), 1)  # also as halves of one matrix, written into a wider one
+    for left, right in ((gate, up), (both[:, :width], both[:, width:])):
+        wide = torch.full((rows, width + 8), 7.0)
+        torch.testing.assert_close(ops.launch_gated_silu(left, right, wide[:, :width]), ops.gated_silu_ref(gate, up))
+        assert bool((wide[:, width:] == 7).all())
+    wide = torch.full((rows, 2 * width + 8), 7.0)
+    found = ops.launch_gated_silu_backward(
+        both[:, :width], both[:, width:], grad, weight, wide[:, :width], wide[:, width : 2 * width]
+    )
+    assert bool((wide[:, 2 * width :] == 7).all())
     wanted = ops.gated_silu_backward_ref(gate, up, grad, weight)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -64,9 +72,9 @@ def test_rows_of_a_token_are_added_up(case: tuple[int, int, int], top_k: int, ha
 
 # Widths of Mixtral-8x7B and Qwen3-30B-A3B: the latter's 768 are no whole block.
 VARIANTS = {
-    "act": ("gated_silu_kernel", {"F": 14336, "BLOCK_F": 1024}),
-    "act backward": ("gated_silu_backward_kernel", {"F": 14336, "BLOCK_F": 1024}),
-    "act backward, narrow": ("gated_silu_backward_kernel", {"F": 768, "BLOCK_F": 1024}),
+    "act": ("gated_silu_kernel", {"F": 14336, "ROW": 28672, "ROW_OUT": 14352, "BLOCK_F": 1024}),
+    "act backward": ("gated_silu_backward_kernel", {"F": 14336, "ROW": 28672, "ROW_OUT": 28704, "BLOCK_F": 1024}),
+    "act backward, narrow": ("gated_silu_backward_kernel", {"F": 768, "ROW": 768, "ROW_OUT": 768, "BLOCK_F": 1024}),
     "combine": ("gather_sum_kernel", {"D": 4096, "K": 2, "HAS_WEIGHT": True, "BLOCK_D": 512}),
     "add up": ("gather_sum_kernel", {"D": 2048, "K": 8, "HAS_WEIGHT": False, "BLOCK_D": 512}),
 }

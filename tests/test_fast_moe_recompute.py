@@ -17,7 +17,7 @@ from tunescope.cost.memory_shapes import Batch, read_decoder, read_setup
 from tunescope.families.mixtral import MIXTRAL_8X7B
 from tunescope.hardware import GIB
 from tunescope.kernels import nf4
-from tunescope.models import fast_moe_ops
+from tunescope.models import fast_moe_ops, fast_moe_wide
 from tunescope.models.fast_moe_recompute import StepMemory, choose_checkpointed_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -157,7 +157,7 @@ class _Launches(TorchDispatchMode):
         self._is_inside = False
         for module, name in (
             (fast_moe_ops, "gated_silu"), (fast_moe_ops, "gated_silu_backward"), (fast_moe_ops, "gather_sum"),
-            (nf4, "grouped_linear_nf4"), (nf4, "grouped_linear_nf4_dx"),
+            (nf4, "grouped_linear_nf4"), (nf4, "grouped_linear_nf4_dx"), (fast_moe_wide, "dequantize"),
         ):  # fmt: skip
             monkeypatch.setattr(module, name, self._as_one(getattr(module, name)))
 
@@ -179,11 +179,14 @@ class _Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("written_out", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_few_launches_whatever_the_number_of_experts_and_none_that_waits(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, written_out: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A block of the stock path has 339 and 475 of them with 8 experts, 651 and 923 with 16."""
+    real = fast_moe_wide.is_wide
+    monkeypatch.setattr(fast_moe_wide, "is_wide", real if written_out else lambda *args: False)
     model = build(FAMILIES[family], dtype=torch.bfloat16)
     accelerate_moe(model)
     block = blocks(model)[0]
@@ -192,11 +195,13 @@ def test_few_launches_whatever_the_number_of_experts_and_none_that_waits(
     with torch.autocast("cpu", torch.bfloat16), forward:
         out, logits = block(hidden)
     monkeypatch.undo()
+    monkeypatch.setattr(fast_moe_wide, "is_wide", real if written_out else lambda *args: False)
     backward = _Launches(monkeypatch)
     gradients = [torch.randn_like(out), torch.randn_like(logits)]
     with backward:
         torch.autograd.backward([out, logits], gradients)
-    assert sum(forward.names.values()) < 40, forward.names
-    assert sum(backward.names.values()) < 60, backward.names
-    assert forward.names["grouped_linear_nf4"] == backward.names["grouped_linear_nf4_dx"] == 3
+    assert sum(forward.names.values()) < (50 if written_out else 40), forward.names
+    assert sum(backward.names.values()) < (70 if written_out else 60), backward.names
+    names = ("dequantize", "dequantize") if written_out else ("grouped_linear_nf4", "grouped_linear_nf4_dx")
+    assert [forward.names[names[0]], backward.names[names[1]]] == [3, 3]
     assert not (forward.names.keys() | backward.names.keys()) & _WAITS

@@ -114,6 +114,10 @@ def test_weights_go_where_they_are_wanted() -> None:
     out = torch.full((2, 16, 64), float("nan"), device=DEVICE)
     assert dequantize(stack, torch.float32, out) is out
     assert torch.equal(out, dequantized(experts, torch.float32))
+    wide = torch.full((2, 20, 72), 7.0, device=DEVICE)
+    dequantize(stack, torch.float32, wide[:, 3:19, :64])
+    assert torch.equal(wide[:, 3:19, :64], out)
+    assert bool((wide[:, :3] == 7).all() and (wide[:, 19:] == 7).all() and (wide[:, :, 64:] == 7).all())
     for wrong in (out.bfloat16(), out[:1], out.transpose(1, 2).contiguous().transpose(1, 2)):
         with pytest.raises(ValueError, match="out is"):
             dequantize(stack, torch.float32, wrong)
@@ -256,16 +260,17 @@ def test_configurations_are_chosen_by_rows_per_expert() -> None:
 
 def test_auto_dequantises_without_a_gpu_and_where_rows_are_many() -> None:
     stack, _ = quantized(2, 32, 64)
-    x = torch.zeros(8, 64)
-    assert nf4._choose("auto", x, stack, 400) == "dequantize"
-    on_gpu = mock.Mock(is_cuda=True, dtype=torch.bfloat16, __len__=lambda self: self.rows)
+    assert nf4._choose("auto", 8, torch.float32, stack, 400) == "dequantize"
+    assert nf4.dequantizes(stack, 1, torch.float32)
+    on_gpu = mock.Mock(shape_ENK=stack.shape_ENK)
+    on_gpu.packed_ENP.device = torch.device("cuda")
     with mock.patch.object(nf4, "_why_not_triton", return_value=""):
         for rows, expected in ((800, "triton"), (801, "dequantize")):
-            on_gpu.rows = rows
-            assert nf4._choose("auto", on_gpu, stack, 400) == expected
-        on_gpu.dtype = torch.float32
-        on_gpu.rows = 1
-        assert nf4._choose("auto", on_gpu, stack, 400) == "dequantize"
+            assert nf4._choose("auto", rows, torch.bfloat16, on_gpu, 400) == expected
+        assert nf4._choose("auto", 1, torch.float32, on_gpu, 400) == "dequantize"
+        with mock.patch.multiple(nf4, MAX_ROWS_PER_EXPERT_TRITON=2, MAX_ROWS_PER_EXPERT_TRITON_DX=3):
+            found = [nf4.dequantizes(on_gpu, rows, torch.bfloat16) for rows in (4, 5, 6, 7)]
+        assert found == [False, False, False, True]  # only where neither direction would decode as it multiplies
 
 
 def test_what_does_not_fit_is_refused() -> None:

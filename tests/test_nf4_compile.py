@@ -37,13 +37,21 @@ def compile_all() -> dict[str, dict[str, Any]]:
                 key = f"{name}, {most}, sm_{capability}"
                 found[key] = compile_one(name, constants, options, capability) | {"capability": capability}
                 assert constants["USE_ASM"]
-        numbers = {"NUMBERS": N * K, "BLOCK": 64, "BLOCK_B": 128, "USE_ASM": True}
+        numbers = {
+            "NUMBERS": N * K,
+            "K": K,
+            "EXPERT": N * (K + 16),
+            "ROW": K + 16,
+            "BLOCK": 64,
+            "BLOCK_B": 128,
+            "USE_ASM": True,
+        }
         exact = {"num_warps": 4, "enable_fp_fusion": False}
         found[f"dequantize, sm_{capability}"] = compile_one("dequantize_kernel", numbers, exact, capability)
         found[f"scales, sm_{capability}"] = compile_one(
             "scales_kernel", {"S": N * K // 64, "BLOCK_S": 1024}, exact, capability
         )
-    portable = {"NUMBERS": N * K, "BLOCK": 64, "BLOCK_B": 128, "USE_ASM": False}
+    portable = {"NUMBERS": N * K, "K": K, "EXPERT": N * K, "ROW": K, "BLOCK": 64, "BLOCK_B": 128, "USE_ASM": False}
     found["dequantize, fp16"] = compile_one("dequantize_kernel", portable, exact, 90, {"w_ptr": "*fp16"})
     return found | odd_variants()
 

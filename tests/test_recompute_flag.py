@@ -11,7 +11,7 @@ from tunescope.config import LATENCY
 from tunescope.errors import UserError
 from tunescope.families import find_family
 from tunescope.measure.inputs import check_recompute
-from tunescope.measure.plan import FUSED_OPTIMIZER, Options, PointSpec, make_plan
+from tunescope.measure.plan import FAST_SETTINGS, Options, PointSpec, make_plan
 
 H200 = gpu("NVIDIA H200", 140.4)
 
@@ -25,7 +25,7 @@ def test_grouped_on_a_gpu_replays_graphs_and_fuses_the_optimizer(machine) -> Non
     machine(H200)
     stock, grouped = spec_of(), spec_of(moe="grouped")
     assert (stock.workload.graphs, grouped.workload.graphs) == (False, True)
-    assert grouped.workload.recipe == stock.workload.recipe | {"optim": FUSED_OPTIMIZER}
+    assert grouped.workload.recipe == stock.workload.recipe | FAST_SETTINGS
     assert not {"graphs", "checkpointed_layers"} & set(stock.workload.to_json())
     without = spec_of(moe="grouped", graphs=False)
     assert without.point_id == f"{grouped.point_id}-no-graphs"

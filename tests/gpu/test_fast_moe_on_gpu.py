@@ -142,7 +142,8 @@ def test_replayed_steps_are_the_steps() -> None:
                 with torch.autocast(DEVICE, torch.bfloat16):
                     loss = model(input_ids=ids, labels=ids, attention_mask=mask).loss
                 loss.backward()
-                losses.append(loss.detach())
+                losses.append(loss.detach().clone())
+                del loss  # a graph that is still alive would keep where gradients are added on its own stream
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

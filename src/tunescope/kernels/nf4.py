@@ -106,16 +106,16 @@ def dequantize(
 ) -> Tensor:
     """(E, N, K) in dtype, to the bit as bitsandbytes.functional.dequantize_4bit gives each expert.
 
-    out: where to write, contiguous. implementation: `triton`, one launch for all experts; `reference`, plain torch,
-    expert by expert; `auto`, `triton` on a GPU where it takes these weights.
+    out: where to write; rows may be apart, values of a row follow each other. implementation: `triton`, one launch for
+    all experts; `reference`, plain torch, expert by expert; `auto`, `triton` on a GPU where it takes these weights.
 
     Raises ValueError where out is of another shape or dtype, UserError for an implementation that cannot run here.
     """
     shape = stack.shape_ENK
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=stack.packed_ENP.device)
-    elif tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
-        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, and would have to be {dtype} {shape}, contiguous")
+    elif tuple(out.shape) != shape or out.dtype != dtype or out.stride(-1) != 1 or any(s % 2 for s in out.stride()[:2]):
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, and would have to be {dtype} {shape}, in whole rows")
     if _dequantizes_in_triton(implementation, stack, dtype):
         from tunescope.kernels.nf4_triton import dequantize_triton
 
@@ -132,14 +132,12 @@ def grouped_linear_nf4(
     *,
     lora_u_RQ: Tensor | None = None,
     lora_b_ENQ: Tensor | None = None,
-    dequantized_ENK: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """(R, N) in x's dtype: each expert's rows times its weights, x W^T, and u B^T on top where there are adapters.
 
     ends_E (int32): row behind the last one of each expert; the last is R. lora_u_RQ: x A^T, already scaled.
-    Without autograd: neither x nor u gets a gradient here. dequantized_ENK: what dequantize() gives in x's dtype, if it
-    is there already; it is then multiplied, whatever the implementation.
+    Without autograd: neither x nor u gets a gradient here.
 
     implementation: `triton` decodes the weights inside the product, for bf16 (other dtypes more slowly), and never
     writes them out. `dequantize` writes them all out in x's dtype and calls torch's grouped matmul. `reference` goes
@@ -153,12 +151,12 @@ def grouped_linear_nf4(
     rank = 0 if lora_u_RQ is None else lora_u_RQ.shape[1]
     if lora_b_ENQ is not None and tuple(lora_b_ENQ.shape) != (num_experts, num_out, rank):
         raise ValueError(f"lora_b_ENQ is {tuple(lora_b_ENQ.shape)}, not {(num_experts, num_out, rank)}")
-    chosen = _choose(implementation, x_RK, stack, MAX_ROWS_PER_EXPERT_TRITON)
-    if chosen == "triton" and dequantized_ENK is None:
+    chosen = _choose(implementation, len(x_RK), x_RK.dtype, stack, MAX_ROWS_PER_EXPERT_TRITON)
+    if chosen == "triton":
         from tunescope.kernels.nf4_triton import forward_triton
 
         return forward_triton(x_RK, stack, ends_E, lora_u_RQ, lora_b_ENQ)
-    weight_ENK = dequantize(stack, x_RK.dtype) if dequantized_ENK is None else dequantized_ENK
+    weight_ENK = dequantize(stack, x_RK.dtype)
     y_RN = _linear(x_RK, weight_ENK, ends_E, chosen)
     if lora_u_RQ is not None and lora_b_ENQ is not None:
         y_RN += _linear(*_aligned(lora_u_RQ.to(x_RK.dtype), lora_b_ENQ.to(x_RK.dtype)), ends_E, chosen)
@@ -172,7 +170,6 @@ def grouped_linear_nf4_dx(
     *,
     lora_du_RQ: Tensor | None = None,
     lora_a_EQK: Tensor | None = None,
-    dequantized_ENK: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """(R, K) in dy's dtype: the gradient of grouped_linear_nf4's x, dy W, and du A on top where there are adapters.
@@ -184,12 +181,12 @@ def grouped_linear_nf4_dx(
     rank = 0 if lora_du_RQ is None else lora_du_RQ.shape[1]
     if lora_a_EQK is not None and tuple(lora_a_EQK.shape) != (num_experts, rank, num_in):
         raise ValueError(f"lora_a_EQK is {tuple(lora_a_EQK.shape)}, not {(num_experts, rank, num_in)}")
-    chosen = _choose(implementation, dy_RN, stack, MAX_ROWS_PER_EXPERT_TRITON_DX)
-    if chosen == "triton" and dequantized_ENK is None:
+    chosen = _choose(implementation, len(dy_RN), dy_RN.dtype, stack, MAX_ROWS_PER_EXPERT_TRITON_DX)
+    if chosen == "triton":
         from tunescope.kernels.nf4_triton import dx_triton
 
         return dx_triton(dy_RN, stack, ends_E, lora_du_RQ, lora_a_EQK)
-    weight_ENK = dequantize(stack, dy_RN.dtype) if dequantized_ENK is None else dequantized_ENK
+    weight_ENK = dequantize(stack, dy_RN.dtype)
     dx_RK = _linear(dy_RN, weight_ENK.transpose(1, 2), ends_E, chosen)
     if lora_du_RQ is not None and lora_a_EQK is not None:
         a_EKQ = lora_a_EQK.to(dy_RN.dtype).transpose(1, 2)
@@ -197,10 +194,10 @@ def grouped_linear_nf4_dx(
     return dx_RK
 
 
-def dequantizes(rows: Tensor, stack: Nf4Stack) -> bool:
-    """Whether both products, of `auto`, would write the weights out for such rows, so that they may share them."""
+def dequantizes(stack: Nf4Stack, num_rows: int, dtype: torch.dtype) -> bool:
+    """Whether both products, of `auto`, would write the weights out for so many rows, so that they may share them."""
     both = (MAX_ROWS_PER_EXPERT_TRITON, MAX_ROWS_PER_EXPERT_TRITON_DX)
-    return all(_choose("auto", rows, stack, most) == "dequantize" for most in both)
+    return all(_choose("auto", num_rows, dtype, stack, most) == "dequantize" for most in both)
 
 
 def _linear(x_RK: Tensor, weight_ENK: Tensor, ends_E: Tensor, implementation: str) -> Tensor:
@@ -250,14 +247,17 @@ def _check(
         raise ValueError(f"{u_name} is {tuple(u.shape)}, and has to have the {x.shape[0]} rows of {x_name}")
 
 
-def _choose(implementation: str, x: Tensor, stack: Nf4Stack, max_rows_per_expert: int) -> str:
+def _choose(
+    implementation: str, num_rows: int, dtype: torch.dtype, stack: Nf4Stack, max_rows_per_expert: int
+) -> str:  # fmt: skip
     check_known(implementation, IMPLEMENTATIONS, "grouped 4-bit linear")
+    device = stack.packed_ENP.device
     if implementation == "auto":
-        is_few = len(x) <= max_rows_per_expert * stack.shape_ENK[0]
-        suits = x.is_cuda and x.dtype == torch.bfloat16 and not _why_not_triton(stack, x.dtype, x.device)
+        is_few = num_rows <= max_rows_per_expert * stack.shape_ENK[0]
+        suits = device.type == "cuda" and dtype == torch.bfloat16 and not _why_not_triton(stack, dtype, device)
         return "triton" if suits and is_few else "dequantize"
     if implementation == "triton":
-        _refuse_unless_triton(stack, x.dtype, x.device)
+        _refuse_unless_triton(stack, dtype, device)
     return implementation
 
 

@@ -227,9 +227,11 @@ def dx_kernel(
 @triton.jit
 def dequantize_kernel(
     packed_ptr, absmax_ptr, absmax2_ptr, offset_ptr, code2_ptr, code_ptr, w_ptr,
-    NUMBERS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr, USE_ASM: tl.constexpr,
+    NUMBERS: tl.constexpr, K: tl.constexpr, EXPERT: tl.constexpr, ROW: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_B: tl.constexpr, USE_ASM: tl.constexpr,
 ):  # fmt: skip
-    """w (E, NUMBERS) of packed (E, NUMBERS / 2), NUMBERS = N * K. Grid: tiles of BLOCK_B blocks of 32 bytes, experts.
+    """w (E, N, K), experts and rows EXPERT and ROW values apart, of packed (E, NUMBERS / 2), NUMBERS = N * K. Grid:
+    tiles of BLOCK_B blocks of 32 bytes, experts.
 
     USE_ASM: w is bf16, and w_ptr points to its pairs, as int32. To be compiled without fusing multiplications and
     additions: bitsandbytes rounds after each.
@@ -249,15 +251,17 @@ def dequantize_kernel(
     tile_BV = tl.load(packed_ptr + expert * (NUMBERS // 2) + byte_BV)
     absmax_B = tl.load(absmax_ptr + expert * BLOCKS + block_B)
     scale_B = _scale(absmax_B, block_B, absmax2_ptr, offset, code2_ptr)
+    BLOCKS_ROW: tl.constexpr = K // BLOCK_K_
+    at_B = (from_B // BLOCKS_ROW).to(tl.int64) * ROW + (from_B % BLOCKS_ROW) * BLOCK_K_ + expert * EXPERT
     if USE_ASM:
         pair_BV = decode_in_order(tile_BV, scaled_tables(scale_B, code_ptr))
-        tl.store(w_ptr + expert * (NUMBERS // 2) + byte_BV, pair_BV, mask=mask_B[:, None])
+        tl.store(w_ptr + (at_B // 2)[:, None] + tl.arange(0, V)[None, :], pair_BV, mask=mask_B[:, None])
     else:
         even_BV = tl.load(code_ptr + (tile_BV >> 4)) * scale_B[:, None]
         odd_BV = tl.load(code_ptr + (tile_BV & 15)) * scale_B[:, None]
         w_BK = tl.reshape(tl.join(even_BV, odd_BV), (BLOCK_B, BLOCK_K_))
-        at_BK = from_B[:, None] * BLOCK_K_ + tl.arange(0, BLOCK_K_)[None, :]
-        tl.store(w_ptr + expert * NUMBERS + at_BK, w_BK.to(w_ptr.dtype.element_ty), mask=mask_B[:, None])
+        at_BK = at_B[:, None] + tl.arange(0, BLOCK_K_)[None, :]
+        tl.store(w_ptr + at_BK, w_BK.to(w_ptr.dtype.element_ty), mask=mask_B[:, None])
 
 
 @triton.jit

@@ -140,7 +140,8 @@ def dequantize_triton(stack: "Nf4Stack", out_ENK: Tensor) -> Tensor:
     with torch.cuda.device_of(out_ENK):
         dequantize_kernel[tiles, num_experts](
             *_weights(stack), out_ENK.view(torch.int32) if uses_asm else out_ENK,
-            NUMBERS=numbers, BLOCK=stack.block, BLOCK_B=_DEQUANTIZE_BLOCKS, USE_ASM=uses_asm,
+            NUMBERS=numbers, K=num_in, EXPERT=out_ENK.stride(0), ROW=out_ENK.stride(1),
+            BLOCK=stack.block, BLOCK_B=_DEQUANTIZE_BLOCKS, USE_ASM=uses_asm,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out_ENK

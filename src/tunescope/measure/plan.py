@@ -37,8 +37,9 @@ _PROTOCOLS = {  # (kind, is preset tiny)
 }
 
 
-# Of grouped experts on a GPU: the same AdamW, a launch for many parameters where it else takes a dozen.
-FUSED_OPTIMIZER = "adamw_torch_fused"
+# Of grouped experts on a GPU: the same AdamW, a launch for many parameters where it else takes a dozen; and batches are
+# copied there without waiting for the step before to end.
+FAST_SETTINGS = {"optim": "adamw_torch_fused", "accelerator_config": {"non_blocking": True}}
 
 # (config.json, recipe, batch size, slots of its longest query, bytes of GPU memory) -> numbers of layers to recompute
 ChooseLayers = Callable[[dict[str, Any], dict[str, Any], int, int, int], tuple[int, ...]]
@@ -239,7 +240,7 @@ def make_plan(options: Options, choose_layers: ChooseLayers | None = None) -> Pl
         if options.recompute == "none":
             recipe["disable_gradient_checkpointing"] = True
     if is_switched and gpu is not None:
-        recipe["optim"] = FUSED_OPTIMIZER
+        recipe |= FAST_SETTINGS
 
     model_dir = inputs.find_model_dir(options.model, options.preset, options.model_path)
     base = inputs.checked_config(model_dir, family) if model_dir else family.full

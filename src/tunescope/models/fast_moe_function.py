@@ -46,7 +46,10 @@ def run_experts(
     with contextlib.ExitStack() as inside:
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
             inside.enter_context(torch.autocast(device, enabled=False))
-        return _Experts.apply(x_TD, weight_TK, expert_TK, stacks, dtype, with_adapters, needs_output, *parameters)
+        from tunescope.models.fast_moe_wide import WideExperts, is_wide
+
+        function: Any = WideExperts if is_wide(stacks, expert_TK.numel(), dtype) else _Experts
+        return function.apply(x_TD, weight_TK, expert_TK, stacks, dtype, with_adapters, needs_output, *parameters)
 
 
 class _Experts(torch.autograd.Function):
@@ -69,11 +72,8 @@ class _Experts(torch.autograd.Function):
         if adapters and adapters.in_A is not None:
             u_RQ = grouped(x_RD, adapters.in_A.transpose(1, 2), to.ends_X)
             gate_u_RQ, up_u_RQ = _scaled_parts(u_RQ, stacks.scale_in, adapters.gate_B, adapters.up_B)
-        kept = (None, None)
-        if not needs_output:  # backward of this block comes next, and wants the same weights
-            kept = stacks.decoded = (decoded(stacks.gate, x_RD), decoded(stacks.up, x_RD))
-        gate_RF = linear(stacks.gate, x_RD, to.ends_X, gate_u_RQ, adapters and adapters.gate_B, kept[0])
-        up_RF = linear(stacks.up, x_RD, to.ends_X, up_u_RQ, adapters and adapters.up_B, kept[1])
+        gate_RF = linear(stacks.gate, x_RD, to.ends_X, gate_u_RQ, adapters and adapters.gate_B)
+        up_RF = linear(stacks.up, x_RD, to.ends_X, up_u_RQ, adapters and adapters.up_B)
         del x_RD
         act_RF = None
         if adapters and adapters.down_A is not None:
@@ -101,8 +101,6 @@ class _Experts(torch.autograd.Function):
         stacks: ExpertStacks = ctx.stacks
         adapters = None if flat is None else stacks.adapters_of(flat)
         dtype = gate_RF.dtype
-        gate_decoded, up_decoded = stacks.decoded
-        stacks.decoded = (None, None)
         trains = adapters is not None and any(ctx.needs_input_grad[7:])
         pieces: dict[str, Tensor] = {}
 
@@ -138,9 +136,8 @@ class _Experts(torch.autograd.Function):
         dx_TD = None
         if ctx.needs_input_grad[0]:
             # Both adapters in one go: their A lie one after the other.
-            dx_RD = linear_dx(stacks.gate, d_gate_RF, ends_E, du_RQ, adapters and adapters.in_A, gate_decoded)
-            del gate_decoded
-            dx_RD += linear_dx(stacks.up, d_up_RF, ends_E, None, None, up_decoded)
+            dx_RD = linear_dx(stacks.gate, d_gate_RF, ends_E, du_RQ, adapters and adapters.in_A)
+            dx_RD += linear_dx(stacks.up, d_up_RF, ends_E, None, None)
             dx_TD = ops.gather_sum(dx_RD, row_TK).to(x_TD.dtype)
         gradients: tuple[Tensor | None, ...] = (None,) * len(ctx.needs_input_grad[7:])
         if trains:
@@ -148,41 +145,24 @@ class _Experts(torch.autograd.Function):
         return dx_TD, d_weight_R[row_TK], None, None, None, None, None, *gradients
 
 
-def decoded(base: Base, rows: Tensor) -> Tensor | None:
-    """The weights in the rows' dtype, where 4-bit ones would be written out for so many rows anyway."""
-    if isinstance(base, Tensor):
-        return None
-    from tunescope.kernels.nf4 import dequantize, dequantizes
-
-    return dequantize(base, rows.dtype) if dequantizes(rows, base) else None
-
-
-def linear(
-    base: Base, x_RK: Tensor, ends_E: Tensor, u_RQ: Tensor | None, b_ENQ: Tensor | None,
-    decoded_ENK: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def linear(base: Base, x_RK: Tensor, ends_E: Tensor, u_RQ: Tensor | None, b_ENQ: Tensor | None) -> Tensor:
     """(R, N): each row by its expert's weight, plus u @ B^T of its adapter where it has one."""
     if not isinstance(base, Tensor):
         from tunescope.kernels.nf4 import grouped_linear_nf4
 
-        return grouped_linear_nf4(x_RK, base, ends_E, lora_u_RQ=u_RQ, lora_b_ENQ=b_ENQ, dequantized_ENK=decoded_ENK)
+        return grouped_linear_nf4(x_RK, base, ends_E, lora_u_RQ=u_RQ, lora_b_ENQ=b_ENQ)
     y_RN = grouped(x_RK, base.to(x_RK.dtype).transpose(1, 2), ends_E)
     if u_RQ is not None and b_ENQ is not None:
         y_RN += grouped(u_RQ, b_ENQ.transpose(1, 2), ends_E)
     return y_RN
 
 
-def linear_dx(
-    base: Base, dy_RN: Tensor, ends_E: Tensor, du_RQ: Tensor | None, a_EQK: Tensor | None,
-    decoded_ENK: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def linear_dx(base: Base, dy_RN: Tensor, ends_E: Tensor, du_RQ: Tensor | None, a_EQK: Tensor | None) -> Tensor:
     """(R, K): the gradient of linear()'s input, plus du @ A of an adapter."""
     if not isinstance(base, Tensor):
         from tunescope.kernels.nf4 import grouped_linear_nf4_dx
 
-        return grouped_linear_nf4_dx(
-            dy_RN, base, ends_E, lora_du_RQ=du_RQ, lora_a_EQK=a_EQK, dequantized_ENK=decoded_ENK
-        )
+        return grouped_linear_nf4_dx(dy_RN, base, ends_E, lora_du_RQ=du_RQ, lora_a_EQK=a_EQK)
     dx_RK = grouped(dy_RN, base.to(dy_RN.dtype), ends_E)
     if du_RQ is not None and a_EQK is not None:
         dx_RK += grouped(du_RQ, a_EQK, ends_E)

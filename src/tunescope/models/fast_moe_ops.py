@@ -21,11 +21,14 @@ _BLOCK_F = 1024
 _BLOCK_D = 512
 
 
-def gated_silu(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
-    """(R, F): silu(gate) * up, in their dtype. Both contiguous."""
+def gated_silu(gate_RF: Tensor, up_RF: Tensor, out_RF: Tensor | None = None) -> Tensor:
+    """(R, F): silu(gate) * up, in their dtype. Of any tensor here rows may be apart, and values of a row follow each
+    other; gate's rows are as far apart as up's. out: where to write.
+    """
+    out_RF = gate_RF.new_empty(gate_RF.shape) if out_RF is None else out_RF
     if not gate_RF.is_cuda:
-        return gated_silu_ref(gate_RF, up_RF)
-    return launch_gated_silu(gate_RF, up_RF)
+        return out_RF.copy_(gated_silu_ref(gate_RF, up_RF))
+    return launch_gated_silu(gate_RF, up_RF, out_RF)
 
 
 def gated_silu_ref(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
@@ -33,15 +36,18 @@ def gated_silu_ref(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
 
 
 def gated_silu_backward(
-    gate_RF: Tensor, up_RF: Tensor, grad_RF: Tensor, weight_R: Tensor
+    gate_RF: Tensor, up_RF: Tensor, grad_RF: Tensor, weight_R: Tensor, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d gate, d up, act), each (R, F), and d weight (R,), of sum(grad * weight * act) with act = silu(gate) * up.
 
-    act is made again here, so that forward need not keep it. All contiguous.
+    act is made again here, so that forward need not keep it. grad contiguous. out: where to write d gate and d up, of
+    rows as far apart in both.
     """
+    d_gate_RF, d_up_RF = (gate_RF.new_empty(gate_RF.shape) for _ in range(2)) if out is None else out
     if not gate_RF.is_cuda:
-        return gated_silu_backward_ref(gate_RF, up_RF, grad_RF, weight_R)
-    return launch_gated_silu_backward(gate_RF, up_RF, grad_RF, weight_R)
+        d_gate, d_up, act_RF, d_weight_R = gated_silu_backward_ref(gate_RF, up_RF, grad_RF, weight_R)
+        return d_gate_RF.copy_(d_gate), d_up_RF.copy_(d_up), act_RF, d_weight_R
+    return launch_gated_silu_backward(gate_RF, up_RF, grad_RF, weight_R, d_gate_RF, d_up_RF)
 
 
 def gated_silu_backward_ref(
@@ -69,26 +75,38 @@ def gather_sum_ref(y_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None = None
     return y_TKD.sum(1, dtype=y_RD.dtype)  # autocast on a GPU would make it fp32
 
 
-def launch_gated_silu(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
-    act_RF = torch.empty_like(gate_RF)
+def launch_gated_silu(gate_RF: Tensor, up_RF: Tensor, act_RF: Tensor) -> Tensor:
     rows, width = gate_RF.shape
     grid = (rows, triton.cdiv(width, _BLOCK_F))
-    with torch.cuda.device_of(gate_RF):
-        gated_silu_kernel[grid](gate_RF, up_RF, act_RF, F=width, BLOCK_F=_BLOCK_F)
+    if rows:
+        with torch.cuda.device_of(gate_RF):
+            gated_silu_kernel[grid](
+                gate_RF, up_RF, act_RF, F=width, ROW=_row(gate_RF, up_RF), ROW_OUT=_row(act_RF), BLOCK_F=_BLOCK_F
+            )
     return act_RF
 
 
 def launch_gated_silu_backward(
-    gate_RF: Tensor, up_RF: Tensor, grad_RF: Tensor, weight_R: Tensor
+    gate_RF: Tensor, up_RF: Tensor, grad_RF: Tensor, weight_R: Tensor, d_gate_RF: Tensor, d_up_RF: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_gate_RF, d_up_RF, act_RF = (torch.empty_like(gate_RF) for _ in range(3))
+    act_RF = gate_RF.new_empty(gate_RF.shape)
     d_weight_R = torch.empty_like(weight_R)
     rows, width = gate_RF.shape
-    with torch.cuda.device_of(gate_RF):
-        gated_silu_backward_kernel[(rows,)](
-            gate_RF, up_RF, grad_RF, weight_R, d_gate_RF, d_up_RF, act_RF, d_weight_R, F=width, BLOCK_F=_BLOCK_F
-        )
+    if rows:
+        with torch.cuda.device_of(gate_RF):
+            gated_silu_backward_kernel[(rows,)](
+                gate_RF, up_RF, grad_RF, weight_R, d_gate_RF, d_up_RF, act_RF, d_weight_R,
+                F=width, ROW=_row(gate_RF, up_RF), ROW_OUT=_row(d_gate_RF, d_up_RF), BLOCK_F=_BLOCK_F,
+            )  # fmt: skip
     return d_gate_RF, d_up_RF, act_RF, d_weight_R
+
+
+def _row(*tensors: Tensor) -> int:
+    """How far apart the rows of all of them are."""
+    (row,) = {tensor.stride(0) for tensor in tensors}
+    if any(tensor.stride(1) != 1 for tensor in tensors):
+        raise ValueError("values of a row must follow each other")
+    return row
 
 
 def launch_gather_sum(y_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
@@ -108,25 +126,28 @@ def launch_gather_sum(y_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None) ->
 
 
 @triton.jit
-def gated_silu_kernel(gate_ptr, up_ptr, act_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr):
+def gated_silu_kernel(
+    gate_ptr, up_ptr, act_ptr, F: tl.constexpr, ROW: tl.constexpr, ROW_OUT: tl.constexpr, BLOCK_F: tl.constexpr
+):  # fmt: skip
     """Grid: rows, blocks of columns."""
-    row = tl.program_id(0).to(tl.int64) * F
+    number = tl.program_id(0).to(tl.int64)
+    row = number * ROW
     f_F = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside_F = f_F < F
     gate_F = tl.load(gate_ptr + row + f_F, inside_F).to(tl.float32)
     up_F = tl.load(up_ptr + row + f_F, inside_F).to(tl.float32)
     act_F = gate_F * tl.sigmoid(gate_F) * up_F
-    tl.store(act_ptr + row + f_F, act_F.to(act_ptr.dtype.element_ty), inside_F)
+    tl.store(act_ptr + number * ROW_OUT + f_F, act_F.to(act_ptr.dtype.element_ty), inside_F)
 
 
 @triton.jit
 def gated_silu_backward_kernel(
     gate_ptr, up_ptr, grad_ptr, weight_ptr, d_gate_ptr, d_up_ptr, act_ptr, d_weight_ptr,
-    F: tl.constexpr, BLOCK_F: tl.constexpr,
+    F: tl.constexpr, ROW: tl.constexpr, ROW_OUT: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows."""
-    number = tl.program_id(0)
-    row = number.to(tl.int64) * F
+    number = tl.program_id(0).to(tl.int64)
+    row, plain, out = number * ROW, number * F, number * ROW_OUT
     weight = tl.load(weight_ptr + number).to(tl.float32)
     sums_F = tl.zeros([BLOCK_F], tl.float32)
     for start in range(0, F, BLOCK_F):
@@ -134,7 +155,7 @@ def gated_silu_backward_kernel(
         inside_F = f_F < F
         gate_F = tl.load(gate_ptr + row + f_F, inside_F, 0.0).to(tl.float32)
         up_F = tl.load(up_ptr + row + f_F, inside_F, 0.0).to(tl.float32)
-        grad_F = tl.load(grad_ptr + row + f_F, inside_F, 0.0).to(tl.float32)
+        grad_F = tl.load(grad_ptr + plain + f_F, inside_F, 0.0).to(tl.float32)
         sigmoid_F = tl.sigmoid(gate_F)
         silu_F = gate_F * sigmoid_F
         # Rounded, because forward's was: the weight's gradient is that of what the down projection got.
@@ -142,9 +163,9 @@ def gated_silu_backward_kernel(
         sums_F += grad_F * act_F.to(tl.float32)
         d_act_F = grad_F * weight
         d_gate_F = d_act_F * up_F * (sigmoid_F + silu_F * (1.0 - sigmoid_F))
-        tl.store(act_ptr + row + f_F, act_F, inside_F)
-        tl.store(d_up_ptr + row + f_F, (d_act_F * silu_F).to(d_up_ptr.dtype.element_ty), inside_F)
-        tl.store(d_gate_ptr + row + f_F, d_gate_F.to(d_gate_ptr.dtype.element_ty), inside_F)
+        tl.store(act_ptr + plain + f_F, act_F, inside_F)
+        tl.store(d_up_ptr + out + f_F, (d_act_F * silu_F).to(d_up_ptr.dtype.element_ty), inside_F)
+        tl.store(d_gate_ptr + out + f_F, d_gate_F.to(d_gate_ptr.dtype.element_ty), inside_F)
     tl.store(d_weight_ptr + number, tl.sum(sums_F).to(d_weight_ptr.dtype.element_ty))
 
 

@@ -60,8 +60,8 @@ class ExpertStacks:
         self._pieces: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._flat: Tensor | None = None
         self._zero: Tensor | None = None
-        # 4-bit weights of gate and up, written out, from a recompute to the backward that it is for.
-        self.decoded: tuple[Tensor | None, Tensor | None] = (None, None)
+        # What a recompute has made of the weights, for the backward that it is for (fast_moe_wide).
+        self.decoded: Tensor | None = None
         self.gradient_room: Tensor | None = None
         self.gradients_to: Tensor | None = None  # where gradients() writes, instead of giving them to autograd
         self._zero_rows = torch.zeros(1, dtype=torch.int32, device=gate[0].weight.device)
@@ -186,7 +186,7 @@ class ExpertStacks:
     @torch.no_grad()
     def restore(self) -> None:
         """Every parameter back in memory of its own, as far as it still lies in the common one."""
-        self.decoded = (None, None)
+        self.decoded = None
         with torch._C.DisableTorchFunctionSubclass():
             for _, _, _, _, weight, address, state in self._weights:
                 if weight.data_ptr() == address:

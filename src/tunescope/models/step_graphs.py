@@ -38,6 +38,9 @@ class StepGraphs:
     gradients or in eval mode, adapters that are switched off, arguments that are not by name. Where a graph cannot be
     captured, none is from then on, and `why_not` says why.
 
+    Nothing of an earlier step may be alive when one is captured: a loop of one's own that keeps `loss` until it is
+    overwritten must `del loss` after backward, as the Trainer does. Else the capture fails.
+
     Dropout would be replayed with fresh random numbers in forward and others in a recompute, so there must be none.
     """
 
@@ -112,7 +115,10 @@ class StepGraphs:
             raise
         except Exception as error:
             self.why_not = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            warnings.warn(f"steps are not replayed as CUDA graphs: {self.why_not}", stacklevel=3)
+            warnings.warn(
+                f"steps are not replayed as CUDA graphs: {self.why_not} (is the loss of an earlier step still alive?)",
+                stacklevel=3,
+            )
             return None
         finally:
             pair.node = None
