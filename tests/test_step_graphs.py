@@ -2,14 +2,19 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers_fast_moe import FAMILIES, blocks, build, tokens
+from helpers_trainer import trainer
 from torch import Tensor
 
 from tunescope import accelerate_moe
+from tunescope.models import fast_moe
+from tunescope.models.fast_moe import AccelerateMoe
 from tunescope.models.step_graphs import StepGraphs
 
 
@@ -97,9 +102,12 @@ def test_steps_learn_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
         losses = []
         for seed in range(12):
             losses.append(run(model, tokens(seed=seed % 3)))
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if replayed:
+                graphs.clip_gradients(1.0)
+            else:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            optimizer.zero_grad()
+            model.zero_grad()
         curves.append(losses)
     assert curves[0] == pytest.approx(curves[1], abs=1e-3)
     assert curves[0][-1] < curves[0][0]
@@ -179,3 +187,41 @@ def test_remove_gives_the_forward_back() -> None:
     plain = build(FAMILIES["mixtral"])
     run(plain, tokens())
     check_equal(gradients(model), gradients(plain))
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])  # the first runs as ever, the third is replayed
+def test_clipping_is_torchs(num_steps: int) -> None:
+    model, graphs, _ = made()
+    plain = build(FAMILIES["mixtral"])
+    for seed in range(num_steps):
+        for one in (model, plain):
+            one.zero_grad()
+            run(one, tokens(seed=seed))
+    assert graphs.num_replays == num_steps // 2 * 2
+    for max_norm in (1e6, 0.01):  # which changes nothing, and which does
+        wanted = torch.nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
+        torch.testing.assert_close(graphs.clip_gradients(max_norm), wanted, rtol=1e-5, atol=0)
+        check_equal(gradients(model), gradients(plain))
+    model.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    graphs.remove()
+    assert "zero_grad" not in vars(model)
+
+
+def test_the_callback_clips_in_the_trainers_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With graphs the Trainer's own clipping is off while it trains, and losses are those of training without."""
+    losses = []
+    for graphs in (True, False):
+        model = build(FAMILIES["mixtral"])
+        callback = AccelerateMoe(graphs=graphs)
+        if graphs:
+            monkeypatch.setattr(fast_moe, "StepGraphs", partial(StepGraphs, capture=Rerun()))
+            monkeypatch.setattr(fast_moe, "_is_on_gpu", lambda model: True)
+        its = trainer(model, tmp_path, [callback], num_steps=8, learning_rate=3e-3, max_grad_norm=0.05, bf16=False)
+        its.train()
+        assert its.args.max_grad_norm == 0.05
+        assert callback.accelerated is not None
+        if callback.accelerated.graphs is not None:
+            assert callback.accelerated.graphs.num_replays >= 4
+        losses.append([entry["loss"] for entry in its.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)

@@ -132,7 +132,7 @@ def accelerate_moe(
         raise
     accelerated = AcceleratedMoe(blocks, layers, checkpointed)
     accelerated.fuse_norms(model)
-    if graphs and next(model.parameters()).is_cuda:
+    if graphs and _is_on_gpu(model):
         accelerated.graphs = StepGraphs(model, [block.stacks for block in blocks])
     return accelerated
 
@@ -142,6 +142,9 @@ class AccelerateMoe(TrainerCallback):
 
     By then PEFT has wrapped the model, a checkpoint to resume from is loaded, and checkpointing is set up. The
     optimizer has the parameters already, and keeps them.
+
+    graphs: with them gradients are clipped here, just before the optimizer's step, and not by the Trainer, which would
+    look at each of some thousand parameters; its log then has no grad_norm.
     """
 
     def __init__(
@@ -155,11 +158,22 @@ class AccelerateMoe(TrainerCallback):
         self.step_memory = step_memory
         self.graphs = graphs
         self.accelerated: AcceleratedMoe | None = None
+        self._max_norm = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.accelerated = accelerate_moe(
             kwargs["model"], recompute=self.recompute, step_memory=self.step_memory, graphs=self.graphs
         )
+        if self.accelerated.graphs is not None and args.max_grad_norm:
+            self._max_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._max_norm and self.accelerated is not None and self.accelerated.graphs is not None:
+            self.accelerated.graphs.clip_gradients(self._max_norm)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._max_norm:
+            self._max_norm, args.max_grad_norm = 0.0, self._max_norm
 
 
 class _GroupedBlock:
@@ -194,6 +208,10 @@ class _GroupedBlock:
         else:
             self.block.forward = self.stock_forward
         self.stacks.restore()
+
+
+def _is_on_gpu(model: nn.Module) -> bool:
+    return next(model.parameters()).is_cuda
 
 
 def _kind(block: nn.Module) -> _Kind:

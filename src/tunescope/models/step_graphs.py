@@ -27,7 +27,7 @@ Capture = Callable[[Callable[[], Any]], Replay]
 
 
 class StepGraphs:
-    """Replays a model's training steps. It changes model.forward, until remove().
+    """Replays a model's training steps. It changes model.forward and model.zero_grad, until remove().
 
     stacks: of all its grouped MoE blocks; gradients of their adapters are written where they belong, without autograd
     handing them out one by one. max_shapes: of batches that get graphs; batches of others run as ever. capture: how a
@@ -64,6 +64,9 @@ class StepGraphs:
             return self._step(*args, **kwargs)
 
         model.forward = forward
+        self._own_zero_grad = vars(model).get("zero_grad")
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.zero_grad = self._zero_grad
 
     @property
     def num_shapes(self) -> int:
@@ -71,14 +74,39 @@ class StepGraphs:
 
     def remove(self) -> None:
         """The forward of before. Gradients stay; graphs and their memory go. Safe to call twice."""
-        if self._own_forward is None:
-            vars(self._model).pop("forward", None)
-        else:
-            self._model.forward = self._own_forward
+        for name, own in (("forward", self._own_forward), ("zero_grad", self._own_zero_grad)):
+            if own is None:
+                vars(self._model).pop(name, None)
+            else:
+                setattr(self._model, name, own)
         for stack in self._stacks:
             stack.gradients_to = None
         self._pairs.clear()
         self.why_not = self.why_not or "removed"
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """As torch.nn.utils.clip_grad_norm_ of the model's parameters; returns the norm. Nothing waits for the GPU.
+
+        After a replay gradients of a block's adapters are one tensor, and there are tens to look at, not thousands.
+        """
+        if self._gradients and all(parameter.grad is room for parameter, room in self._gradients):
+            tensors = [stack.gradient_room for stack in self._stacks if stack.gradient_room is not None]
+            tensors += [room for _, room in self._others]
+        else:
+            tensors = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        if not tensors:
+            return torch.zeros(())
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+        torch._foreach_mul_(tensors, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def _zero_grad(self, set_to_none: bool = True) -> None:
+        """Of what is trained alone: walking through a large model's modules takes longer than everything else here."""
+        if not set_to_none:
+            type(self._model).zero_grad(self._model, set_to_none=False)
+            return
+        for parameter in self._trained:
+            parameter.grad = None
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         if args or self.why_not or not (self._model.training and torch.is_grad_enabled()):

@@ -10,6 +10,7 @@ from tunescope.analyze.points import UNREADABLE
 from tunescope.cost import paper_tables
 from tunescope.cost.paper_constants import CODED, LONGEST, PRINTED_SET
 from tunescope.cost.validation import HeldOut
+from tunescope.families import find_family
 from tunescope.report.figures.chart import LINES, SCATTER, Chart, entry, frame_of
 from tunescope.report.text import records
 
@@ -129,7 +130,9 @@ def validation(rows: Sequence[HeldOut]) -> Chart:
     entries = []
     for row in rows:
         point = row.point
-        sparsity = "dense" if point.top_k == point.config["num_local_experts"] else f"top-{point.top_k}"
+        sparsity = (
+            "dense" if point.top_k == point.config[find_family(point.model).experts_key] else f"top-{point.top_k}"
+        )
         group = f"{point.model} {point.dataset} {sparsity} {point.batch_size}, {point.device.name}"
         interval = (row.forecast.low_s, row.forecast.high_s)
         entries.append(entry(row.split, group, "forecast", row.forecast.median_s, x=point.step_s, interval=interval))
