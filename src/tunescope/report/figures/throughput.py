@@ -1,5 +1,6 @@
 """From the table of throughput points: Figure 8, energy and money per 1,000 queries, and code paths side by side."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from tunescope import paper
 from tunescope.analyze.points import UNREADABLE
 from tunescope.cost.prices import Price, find_price
 from tunescope.errors import UserError
+from tunescope.families import FAMILIES, find_family
+from tunescope.families.family import STOCK
 from tunescope.report.figures import papers as unmeasured
 from tunescope.report.figures.chart import (
     HIGHER,
@@ -27,7 +30,6 @@ from tunescope.report.text import records
 
 MEASURED = "measured"
 QUERIES = 1000
-STOCK = "stock"
 
 
 def shown_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -110,11 +112,11 @@ def money(table: pd.DataFrame, prices: Sequence[Price] = ()) -> tuple[Chart, lis
 
 
 def paths(table: pd.DataFrame) -> Chart:
-    """Queries/s of bars that one machine measured with more than one code path of the experts (column moe)."""
+    """Queries/s of bars that one machine measured with more than one code path of the experts."""
     rows = [row for row in shown_rows(table) if row["status"] == "ok"]
     by_bar: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        by_bar.setdefault((machine(row), label(row)), {})[str(row["moe"])] = row
+        by_bar.setdefault((machine(row), label(row)), {})[path_of(row)] = row
     entries = []
     for (panel, bar), of_path in by_bar.items():
         if len(of_path) < 2:
@@ -126,6 +128,22 @@ def paths(table: pd.DataFrame) -> Chart:
         "paths", "Code paths of the experts", frame_of(entries), "queries/s", better=HIGHER,
         group_label="data, sparsity, batch",
     )  # fmt: skip
+
+
+def path_of(row: dict[str, Any]) -> str:
+    """The code path of a row's experts, with what else its launcher was told: `grouped`, `grouped, no recompute`."""
+    words = [str(row["moe"])]
+    frac, layers = row["recompute_frac"], row["num_layers"]
+    if row["model"] in FAMILIES and find_family(row["model"]).moe_path == STOCK and pd.notna(frac) and frac < 1:
+        words.append(f"{frac * layers:g} of {layers:g} layers recomputed" if frac else "no recompute")
+    return ", ".join(words)
+
+
+def _other_path(row: dict[str, Any]) -> str:
+    """Empty of the path that the model takes if nothing is asked for."""
+    path = path_of(row)
+    is_usual = row["model"] not in FAMILIES or path == find_family(row["model"]).moe_path
+    return "" if is_usual else f" {path}"
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -153,23 +171,13 @@ def _beside_paper(row: dict[str, Any]) -> bool:
 
 def _places(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A name of each row that no other row of its machine has: its bar, and what tells it from others of that bar."""
-    bars = [(machine(row), label(row)) for row in rows]
-    counts: dict[tuple[str, str], int] = {}
-    for bar in bars:
-        counts[bar] = counts.get(bar, 0) + 1
-    paths_of: dict[tuple[str, str], set[str]] = {}
-    for bar, row in zip(bars, rows, strict=True):
-        paths_of.setdefault(bar, set()).add(str(row["moe"]))
-    seen: dict[tuple[str, str], int] = {}
+    bars = [(machine(row), label(row) + _other_path(row)) for row in rows]
+    counts = Counter(bars)
+    seen: Counter[tuple[str, str]] = Counter()
     names = []
-    for bar, row in zip(bars, rows, strict=True):
-        if counts[bar] == 1:
-            names.append(bar[1])
-        elif len(paths_of[bar]) == counts[bar]:
-            names.append(f"{bar[1]} {row['moe']}")
-        else:
-            seen[bar] = seen.get(bar, 0) + 1
-            names.append(f"{bar[1]} #{seen[bar]}")
+    for bar in bars:
+        seen[bar] += 1
+        names.append(bar[1] if counts[bar] == 1 else f"{bar[1]} #{seen[bar]}")
     return names
 
 

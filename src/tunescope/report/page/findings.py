@@ -70,7 +70,7 @@ def _rates(found: Collected) -> list[dict[str, Any]]:
 def _speed(found: Collected) -> list[str]:
     def say(rows: list[dict[str, Any]]) -> str:
         best = max(rows, key=lambda row: row["rate"])
-        words = f"up to {number(best['rate'])} queries/s ({label(best)}"
+        words = f"up to {number(best['rate'])} queries/s ({label(best)}, {rates.path_of(best)}"
         words += f", 95 % interval {number(best['rate_low'])} to {number(best['rate_high'])})"
         ratios = pd.Series([row["ratio_to_paper"] for row in rows], dtype=float).dropna()
         if ratios.empty:
@@ -87,7 +87,8 @@ def _speed(found: Collected) -> list[str]:
 
 def _sparsity(found: Collected) -> list[str]:
     def say(rows: list[dict[str, Any]]) -> str:
-        names = ("dataset", "seq_len_tokens", "per_device_batch_size", "moe", "sparsity")
+        names = ("dataset", "seq_len_tokens", "per_device_batch_size", "path", "sparsity")
+        rows = [row | {"path": rates.path_of(row)} for row in rows]
         # NaN, which no key equals, is what stands for queries each of its own length.
         bars = {tuple(None if pd.isna(row[name]) else row[name] for name in names): row for row in rows}
         pairs = [
@@ -102,7 +103,7 @@ def _sparsity(found: Collected) -> list[str]:
         batch = f"{dense['per_device_batch_size']:g}"
         interval = "" if low != low else f" (95 % interval {number(low)} to {number(high)})"
         rate = f"sparse trains {number(ratio)} times as many queries/s as dense"
-        return f"{rate} at batch {batch}{interval}, {dense['dataset']}."
+        return f"{rate} at batch {batch}{interval}, {dense['dataset']}, {dense['path']}."
 
     return _by_machine(_rates(found), say)
 
