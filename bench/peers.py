@@ -1,11 +1,14 @@
 """Other tools' estimates of memory, step time and largest batch beside tunescope's, on the same measured points.
 
-    PYTHONPATH=src .venv/bin/python bench/peers.py [--python PEER_PYTHON]... [--out bench/peers.csv]
+    PYTHONPATH=src .venv/bin/python bench/peers.py [--python PEER_PYTHON]... [--out CSV] [--page docs/peers.md]
 
 Asked are `accelerate estimate-memory`, llm-analysis, fitcheck-llm and ftuneai, each in a process of its own, in the
 first PEER_PYTHON that has it (this one, if none is named). One that is nowhere installed gets rows that say so, and so
 does one that crashes or takes too long. Nothing is fetched: a config.json is made of what this project has. Prints the
 table of docs/peers.md, which says how each was asked and what the quantities are.
+
+--points-of CSV asks about the measured points that a CSV names and learns from no others, so that points measured since
+change nothing. With --ours too only tunescope is asked, and rows of the others are taken from the CSV.
 """
 
 import argparse
@@ -39,6 +42,7 @@ from tunescope.families import find_family  # noqa: E402
 from tunescope.hardware import GIB, Device, find_device  # noqa: E402
 
 H200 = ROOT / "docs" / "results" / "h200"
+MODELS = ("mixtral", "blackmamba")  # the study's, each as its own recipe runs it
 CSV = Path(__file__).with_suffix(".csv")
 COLUMNS = ("date", "tool", "version", "model", "point", "quantity", "predicted", "measured", "ratio", "note")
 PEAK, RESERVED, STEP, MAX_BATCH = QUANTITIES = ("peak_bytes", "reserved_bytes", "step_s", "max_batch")
@@ -118,17 +122,33 @@ def num_parameters(config_json: str) -> int:
 # --- what is asked ---
 
 
-def memory_asks() -> Iterator[Ask]:
-    """The peaks of all point folders: what the allocator gave out, and what it had reserved."""
+Named = frozenset[tuple[str, str]] | None  # model and point of what is asked about; None: all
+
+
+def is_asked_about(model: str, moe_path: str, point: str, named: Named) -> bool:
+    """Paths of our own are no matter of the others."""
+    return model in MODELS and moe_path == find_family(model).moe_path and (named is None or (model, point) in named)
+
+
+def point_folders(named: Named) -> Iterator[tuple[str, results.PointFolder]]:
+    """Name and content of each that is asked about."""
     for folder in sorted(results.find_point_folders(H200)):
         found = results.read_point(folder)
-        steps = results.read_arrow(folder / "steps.arrow", results.STEPS_SCHEMA)
+        name = f"{found.point['kind']} {folder.name}"
+        if is_asked_about(found.point["point"]["model"], found.point["moe"], name, named):
+            yield name, found
+
+
+def memory_asks(named: Named = None) -> Iterator[Ask]:
+    """The peaks of all point folders: what the allocator gave out, and what it had reserved."""
+    for name, found in point_folders(named):
+        steps = results.read_arrow(found.path / "steps.arrow", results.STEPS_SCHEMA)
         point, gpu = found.point["point"], found.environment["gpu"]
         memory_gib = gpu["memory_total_bytes"] / GIB
         for quantity, measured in ((PEAK, "peak_allocated_bytes"), (RESERVED, "peak_reserved_bytes")):
             yield Ask(
                 model=point["model"],
-                point=f"{found.point['kind']} {folder.name}",
+                point=name,
                 quantity=quantity,
                 measured=found.outcome[measured],
                 config=found.point["model_config"] | {"num_experts_per_tok": point["top_k"]},
@@ -157,6 +177,27 @@ def time_ask(point: TimedPoint) -> Ask:
     )
 
 
+def found_batch_asks(named: Named = None) -> Iterator[Ask]:
+    """The largest batches that were searched for and found on a GPU."""
+    for name, found in point_folders(named):
+        point, gpu, search = found.point["point"], found.environment["gpu"], found.outcome.get("max_batch")
+        if search is None or search["first_oom_batch_size"] is None:
+            continue
+        memory_gib = gpu["memory_total_bytes"] / GIB
+        yield Ask(
+            model=point["model"],
+            point=name,
+            quantity=MAX_BATCH,
+            measured=search["batch_size"],
+            config=found.point["model_config"] | {"num_experts_per_tok": point["top_k"]},
+            batch_size=1,
+            seq_len_tokens=search["longest_tokens"],
+            is_masked=point["seq_len_tokens"] is None,
+            device=find_device(gpu["name"], memory_gib),
+            memory_gib=memory_gib,
+        )
+
+
 def max_batch_asks() -> Iterator[Ask]:
     """The paper's largest batches on real GPUs. Where figures disagree the last of the table counts: the sweep's and
     Table IV's, which step times bear out (docs/paper_model.md), not Table III's."""
@@ -183,29 +224,34 @@ def max_batch_asks() -> Iterator[Ask]:
 # --- tunescope ---
 
 
-def own_rows() -> list[Row]:
-    """Memory by the formulas as they stand, nothing fitted; steps by models that never saw the point."""
+def own_rows(named: Named = None) -> list[Row]:
+    """Memory by the formulas as they stand, nothing fitted; steps by models that never saw the point.
+
+    named: of this project's points, those to ask about and to learn from; None: all."""
     rows = []
-    for ask in memory_asks():
+    for ask in memory_asks(named):
         if ask.quantity == PEAK:
             recipe = RECIPES[ask.model]
             predicted = peak_bytes(ask.config, recipe, ask.batch_size, int(ask.seq_len_tokens), is_masked=ask.is_masked)
             rows.append(Row(OURS, tunescope.__version__, ask, predicted, "nothing fitted"))
         else:
             rows.append(Row(OURS, tunescope.__version__, ask, None, "no answer: reserved memory is not predicted"))
-    for held in validation.held_out(read_points(H200), tuple(_TIME_SPLITS)):
+    points = [each for each in read_points(H200) if is_asked_about(each.model, each.moe_path, each.source, named)]
+    for held in validation.held_out(points, tuple(_TIME_SPLITS)):
         if held.point.device.name == "NVIDIA H200" or (held.point.model, held.point.device.name) == (
             "mixtral", "NVIDIA A40",
         ):  # fmt: skip
             predicted_s, tool = held.forecast.median_s, _TIME_SPLITS[held.split]
             rows.append(Row(tool, tunescope.__version__, time_ask(held.point), predicted_s, held.split))
-    for ask in max_batch_asks():
+    for ask in (*max_batch_asks(), *found_batch_asks(named)):
+        is_todays = not ask.point.startswith("arXiv")
+        workspace = {} if is_todays else {"workspace_bytes": 16 * MIB}
         for tool, holds_nf4_inputs in ((OURS, False), (OLD_NF4, True)):
-            if holds_nf4_inputs and ask.model != "mixtral":
+            if holds_nf4_inputs and (ask.model != "mixtral" or is_todays):
                 continue
             batch_size = max_batch_size(
                 ask.config, RECIPES[ask.model], round(ask.memory_gib * GIB), int(ask.seq_len_tokens),
-                is_masked=ask.is_masked, holds_nf4_inputs=holds_nf4_inputs, workspace_bytes=16 * MIB,
+                is_masked=ask.is_masked, holds_nf4_inputs=holds_nf4_inputs, **workspace,
             )  # fmt: skip
             note = "that the study had it was inferred from these points" if holds_nf4_inputs else "today's packages"
             rows.append(Row(tool, tunescope.__version__, ask, batch_size, note))
@@ -278,26 +324,53 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], help="a Python that has some of the peers; repeatable")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="for each peer (default 300)")
     parser.add_argument("--out", type=Path, help="write the rows to this CSV, in place of what it holds")
+    parser.add_argument("--page", type=Path, help="put the table in place of the one in this Markdown file")
+    parser.add_argument("--points-of", type=Path, help="a CSV of before: only its points, and fits to no others")
+    parser.add_argument("--ours", action="store_true", help="ask tunescope alone; the others' rows are --points-of's")
     options = parser.parse_args()
+    if options.ours and options.points_of is None:
+        parser.error("--ours needs --points-of, whose rows of the other tools are kept")
     for python in options.python:
         if not shutil.which(python):
             parser.error(f"there is no Python {python}; name one that runs, such as A/bin/python of an environment A")
 
+    before = read_csv(options.points_of) if options.points_of else []
+    named = frozenset((row["model"], row["point"]) for row in before) if options.points_of else None
     try:
-        rows = own_rows()
+        rows = own_rows(named)
     except UserError as error:
         raise SystemExit(str(error)) from None
     asks = list({(row.ask.model, row.ask.point, row.ask.quantity): row.ask for row in rows}.values())
-    for tool in PEERS:
+    for tool in () if options.ours else PEERS:
         rows += peer_rows(tool, asks, options.python or [sys.executable], options.timeout_s)
     date = datetime.date.today().isoformat()
     cells = [row.cells(date) for row in rows]
+    if options.ours:
+        cells += [row for row in before if row["tool"] in PEERS]
     if options.out:
         with options.out.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(cells)
+    if options.page:
+        text = options.page.read_text(encoding="utf-8")
+        options.page.write_text(with_table(text, table(cells)), encoding="utf-8")
     print(table(cells))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def with_table(page: str, new: str) -> str:
+    """The page with another table of this form. Raises SystemExit if it has none."""
+    head = new.splitlines()[0]
+    if head not in page:
+        raise SystemExit(f"the page has no table that begins with {head}")
+    before, _, rest = page.partition(head)
+    after = rest.partition("\n\n")[2]
+    return f"{before}{new}\n\n{after}"
 
 
 if __name__ == "__main__":

@@ -40,10 +40,13 @@ class FakeTimes:
         key_slots: float | None = None,
         moe_path: str = "stock",
         is_other_host: bool = False,
+        graphs: bool = False,
+        num_recomputed: int | None = None,
     ) -> FakeStep:
         self.asked.append(
             {"device": device.name, "batch_size": batch_size, "slots": slots, "key_slots": key_slots,
-             "moe_path": moe_path, "is_other_host": is_other_host}
+             "moe_path": moe_path, "is_other_host": is_other_host, "graphs": graphs,
+             "num_recomputed": num_recomputed}
         )  # fmt: skip
         work_s = slots * (1 + config.get("num_experts_per_tok", 1)) * FLOP_PER_SLOT / device.peak_bf16_flop_per_s
         median_s = FLOOR_S + work_s

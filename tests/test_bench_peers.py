@@ -60,10 +60,11 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 def bare_run(
     bare_python: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[dict[str, str]], subprocess.CompletedProcess[str]]:
-    """Of the whole benchmark where no other tool is installed."""
+    """Of the whole benchmark where no other tool is installed, over the points that the packaged rows name: what was
+    measured since then is no reason to run the other tools again."""
     out = tmp_path_factory.mktemp("bench") / "rows.csv"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--python", bare_python, "--out", str(out)],
+        [sys.executable, str(SCRIPT), "--python", bare_python, "--out", str(out), "--points-of", str(peers.CSV)],
         env=os.environ | {"PYTHONPATH": str(REPO / "src")},
         capture_output=True, text=True, timeout=250, check=False,
     )  # fmt: skip
@@ -101,6 +102,50 @@ def test_our_rows_are_what_the_repository_gives(
         if row["predicted"]:
             # Fits of step times differ in the last digits from one linear algebra to another.
             assert float(fresh[name]["predicted"]) == pytest.approx(float(row["predicted"]), rel=1e-3), name
+
+
+def test_points_measured_since_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A point that the rows do not name is neither asked about nor learned from."""
+    points = [
+        point for point in peers.read_points(peers.H200) if point.model == "mixtral" and point.moe_path == "stock"
+    ]
+    named = frozenset((point.model, point.source) for point in points[1:])
+    monkeypatch.setattr(peers, "memory_asks", lambda named: iter(()))
+    monkeypatch.setattr(peers, "max_batch_asks", lambda: iter(()))
+    monkeypatch.setattr(peers.validation, "held_out", lambda own, splits: seen.append(list(own)) or [])
+    seen: list[list] = []
+    peers.own_rows(named)
+    assert [point.source for point in seen[0]] == [point.source for point in points[1:]]
+    peers.own_rows(None)
+    assert {point.source for point in points} < {point.source for point in seen[1]}
+    assert {point.model for point in seen[1]} == set(peers.MODELS)
+
+
+def test_our_own_paths_are_no_matter_of_the_others() -> None:
+    assert peers.is_asked_about("mixtral", "stock", "a", None)
+    assert peers.is_asked_about("blackmamba", "grouped", "a", frozenset({("blackmamba", "a")}))
+    for model, path, named in [
+        ("mixtral", "grouped", None), ("qwen3_moe", "stock", None), ("blackmamba", "loop", None),
+        ("mixtral", "stock", frozenset({("mixtral", "b"), ("blackmamba", "a")})),
+    ]:  # fmt: skip
+        assert not peers.is_asked_about(model, path, "a", named)
+
+
+def test_our_rows_alone_can_be_made_anew(packaged: list[dict[str, str]], tmp_path: Path) -> None:
+    out, page = tmp_path / "rows.csv", tmp_path / "page.md"
+    page.write_text(f"before\n\n{peers.table(packaged).splitlines()[0]}\n| an old row |\n\nafter\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--points-of", str(peers.CSV), "--ours", "--out", str(out), "--page", str(page)],
+        env=os.environ | {"PYTHONPATH": str(REPO / "src")},
+        capture_output=True, text=True, timeout=250, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = read(out)
+    assert [row for row in made if row["tool"] in peers.PEERS] == [
+        row for row in packaged if row["tool"] in peers.PEERS
+    ]
+    assert {key(row) for row in made} == {key(row) for row in packaged}
+    assert page.read_text(encoding="utf-8") == f"before\n\n{peers.table(made)}\n\nafter\n"
 
 
 def test_no_step_of_ours_was_forecast_by_a_fit_that_saw_it(packaged: list[dict[str, str]]) -> None:

@@ -88,14 +88,14 @@ def test_a_shorter_cutoff_that_fits_is_named_and_does_fit(tmp_path: Path) -> Non
         ({"cutoff_len": 0}, "cutoff_len"),
         ({"model": "gpt-5"}, "there is no model"),
         ({"data": "nothing"}, "is no data"),
-        ({"moe_path": "magic"}, "magic"),
+        ({"moe": "magic"}, "magic"),
         ({"recipe": {"optim": "sgd"}}, "optim sgd"),
         ({"prices": ["a40"]}, "is no price"),
         ({"gpus": ["gtx"]}, "gtx"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(asked: dict[str, Any], words: str) -> None:
-    times = default_model() if "moe_path" in asked else FakeTimes()
+    times = default_model() if "moe" in asked else FakeTimes()
     with pytest.raises(UserError, match=words):
         ask(**{"step_times": times} | asked)
 

@@ -173,7 +173,7 @@ def test_the_papers_method_takes_ones_own_price_and_refuses_what_it_does_not_kno
     assert row["cost_usd"] == pytest.approx(0.4 * row["hours"])
     for asked, words in (
         ({"top_k": 2}, "--top-k"),
-        ({"moe_path": "grouped"}, "--moe"),
+        ({"moe": "grouped"}, "--moe"),
         ({"gpus": ["l40s"]}, "L40S|l40s"),
         ({"data": "mine.json"}, "no number of queries"),
         ({"sparsity": "thin"}, "thin"),

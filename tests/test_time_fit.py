@@ -9,7 +9,7 @@ from scipy import stats
 from tunescope.cost import time_fit
 from tunescope.cost.time_fit import CODE, DEVICE, HOST, TERMS, Fit, Group
 
-COSTS = np.array([30.0, 1.5, 1.8, 2.0, 5.0, 1.1])
+COSTS = np.array([30.0, 1.5, 1.8, 2.0, 5.0, 1.1, 5.0, 1.5])
 P = 1.6
 
 
@@ -20,10 +20,10 @@ def simulated(
     works, steps, groups = [], [], []
     for machine in range(num_machines):
         host, traffic, matmul = rng.normal(0, [0.2, 0.15, 0.15])
-        factors = np.exp(np.array([host, traffic, matmul, traffic, traffic, traffic]))
+        factors = np.exp(np.array([host, traffic, matmul, traffic, traffic, traffic, 0, matmul]))
         for _ in range(points_each):
             slots = rng.uniform(0.1, 6)
-            work = np.array([0.05, 0.3, 0.2 * slots, 0.1 * slots, 0.02 * slots, 0.03]) * rng.uniform(0.5, 2)
+            work = np.array([0.05, 0.3, 0.2 * slots, 0.1 * slots, 0.02 * slots, 0.03, 0.01, 0.1]) * rng.uniform(0.5, 2)
             seconds = work * COSTS * factors
             step_s = (seconds[0] ** P + seconds[1:].sum() ** P) ** (1 / P)
             works.append(work)

@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunescope.cost.time_calibration import calibrate, calibrate_from
-from tunescope.cost.time_model import OVERLAP_NAME, TERM_NAMES, StepTime, TimeModel, calibrated, default_model, run_time
+from tunescope.cost.time_model import (
+    MIN_POINTS_OF_A_CODE,
+    OVERLAP_NAME,
+    TERM_NAMES,
+    StepTime,
+    TimeModel,
+    calibrated,
+    default_model,
+    run_time,
+)
 from tunescope.cost.time_packaged import own_points
 from tunescope.cost.time_points import RECIPES, TimedPoint, paper_points
 from tunescope.errors import UserError
@@ -85,6 +94,25 @@ def test_what_was_never_measured_is_marked_and_wider(
     assert step.is_extrapolated
     assert words in step.basis
     assert step.half_width_frac > 2 * mixtral_step().half_width_frac
+
+
+def test_a_code_with_few_points_is_still_extrapolated_and_replayed_ones_on_other_gpus() -> None:
+    """From MIN_POINTS_OF_A_CODE on it is not, on the GPU where they were measured."""
+    (one, *_) = [point for point in own_points() if point.model == "mixtral" and point.top_k == 2]
+    replayed = replace(one, moe_path="grouped", graphs=True, host="a host")
+    points = [
+        replace(replayed, batch_size=size, slots=100.0 * size, step_s=0.1 + 0.02 * size)
+        for size in range(1, MIN_POINTS_OF_A_CODE + 1)
+    ]
+    others = [point for point in own_points() if not point.graphs]
+    asked: dict[str, Any] = {"batch_size": 2, "slots": 200.0, "moe_path": "grouped", "graphs": True}
+    few, enough = (
+        TimeModel((*paper_points(), *others, *points[:number])) for number in (MIN_POINTS_OF_A_CODE - 1, len(points))
+    )
+    h200 = find_device("H200")
+    assert few.step_time(one.config, one.recipe, h200, **asked).is_extrapolated
+    assert not enough.step_time(one.config, one.recipe, h200, **asked).is_extrapolated
+    assert enough.step_time(one.config, one.recipe, find_device("H100", 80), **asked).is_extrapolated
 
 
 def test_another_host_is_wider_and_not_extrapolated() -> None:

@@ -17,6 +17,7 @@ from tunescope.cost.time_points import (
     paper_phase_points,
     paper_points,
     read_points,
+    read_points_and_skipped,
     study_lengths,
 )
 from tunescope.cost.time_work import step_work
@@ -134,6 +135,42 @@ def test_a_point_is_read_as_the_mean_of_its_timed_steps(tmp_path: Path) -> None:
     assert point.device.name == "NVIDIA A40"
     assert point.host == "NVIDIA A40 with a CPU"
     assert point.code == "mixtral QLoRA, stock"
+
+
+def test_grouped_points_are_apart_from_stock_ones_and_graphs_from_none(tmp_path: Path) -> None:
+    changes: dict[str, dict] = {
+        "a": {},
+        "b": {"moe": "grouped"},
+        "c": {"moe": "grouped", "graphs": True},
+        "d": {"moe": "grouped", "graphs": True, "checkpointed_layers": [0, 1, 2]},
+    }
+    for name, each in changes.items():
+        write_point(tmp_path / name, POINT, [MS * 1000] * 6, point_changes=each)
+    stock, grouped, replayed, partly = read_points(tmp_path)
+    assert [point.code.removeprefix("mixtral QLoRA, ") for point in (stock, grouped, replayed, partly)] == [
+        "stock", "grouped", "grouped, graphs", "grouped, graphs",
+    ]  # fmt: skip
+    assert len({point.measurement for point in (stock, grouped, replayed, partly)}) == 4
+    assert (replayed.num_recomputed, partly.num_recomputed) == (None, 3)
+    assert grouped.work().graph_kernels == 0 < partly.work().graph_kernels < replayed.work().graph_kernels
+    assert partly.work().matmul_flop < replayed.work().matmul_flop
+
+
+def test_a_point_whose_graphs_failed_is_passed_over(tmp_path: Path) -> None:
+    write_point(tmp_path / "a", POINT, [MS * 1000] * 6)
+    graphed = {"moe": "grouped", "graphs": True}
+    outcome = {"cuda_graphs": {"num_shapes": 0, "num_replays": 0, "why_not": "it has dropout"}}
+    write_point(tmp_path / "b", POINT, [MS * 1000] * 6, point_changes=graphed, outcome_changes=outcome)
+    points, skipped = read_points_and_skipped(tmp_path)
+    assert [point.moe_path for point in points] == ["stock"]
+    assert "it has dropout" in skipped[0]
+
+
+def test_experts_that_got_no_token_are_seen_by_the_memory_they_lack() -> None:
+    """Qwen3's random routers send 128 tokens to a quarter of 128 experts; Mixtral's reach all of 8, as 1 says."""
+    (qwen3,) = read_points(RESULTS / "h200" / "qwen3_moe")
+    assert qwen3.hit_experts == pytest.approx(34, abs=1)
+    assert {point.hit_experts for point in read_points(RESULTS / "h200" / "throughput")} == {None}
 
 
 def test_slots_are_a_micro_batch_s(tmp_path: Path) -> None:

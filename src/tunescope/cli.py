@@ -235,7 +235,10 @@ def _guess_max_batch(spec: "PointSpec", gpu: "Gpu | None") -> int | None:
     if gpu is None or spec.search is None:
         return None
     budget_bytes = min(gpu.memory_total_bytes, spec.memory_budget_bytes or gpu.memory_total_bytes)
-    return guess_max_batch(spec.workload.model_config, spec.workload.recipe, budget_bytes, spec.search.longest_tokens)
+    workload = spec.workload
+    return guess_max_batch(
+        workload.model_config, workload.recipe, budget_bytes, spec.search.longest_tokens, moe_path=workload.moe
+    )
 
 
 @app.command("estimate")
@@ -274,6 +277,13 @@ def estimate(
     calibrate: Annotated[Path | None, typer.Option(help="folder of points measured on your GPU")] = None,
     recipe: Annotated[Path | None, typer.Option(help="a LLaMA-Factory YAML file; else the family's own")] = None,
     moe: Annotated[str | None, typer.Option(help="path of the experts: stock, grouped or loop")] = None,
+    graphs: Annotated[
+        bool | None, typer.Option(help="grouped experts: steps are replayed as CUDA graphs; so if not given")
+    ] = None,
+    recompute: Annotated[
+        str | None,
+        typer.Option(help="layers run again in backward: all, none, or auto, as few as memory allows (grouped)"),
+    ] = None,
     format: Format = "text",
 ) -> None:
     """Hours, USD and energy of a fine-tuning run, from config, data and GPU; nothing is run."""
@@ -299,7 +309,9 @@ def estimate(
         prices=[*(price or ()), *([str(prices)] if prices else ())],
         calibrate=calibrate,
         recipe=settings,
-        moe_path=moe,
+        moe=moe,
+        graphs=graphs,
+        recompute=recompute,
     ):
         raise typer.Exit(UserError.EXIT_CODE)
 

@@ -15,9 +15,11 @@ from tunescope.cost.memory_shapes import BLACKMAMBA, check_blackmamba, model_typ
 from tunescope.cost.time_points import study_lengths
 from tunescope.errors import UserError
 from tunescope.families import FAMILIES, family_of
-from tunescope.families.family import Family
+from tunescope.families.family import GROUPED, Family
 
 SPARSE, DENSE = "sparse", "dense"
+# How many decoder layers are recomputed in backward: as the recipe says, as few as memory allows, none.
+RECIPES_OWN, AUTO, NONE = RECOMPUTE = ("all", "auto", "none")
 TEMPLATE = "mistral"  # for data files of models whose recipe names none
 MAX_QUERIES = 10**12  # their tokens still count exactly
 
@@ -38,6 +40,11 @@ class Model:
     moe_path: str
 
     @property
+    def is_switched(self) -> bool:
+        """Whether accelerate_moe() groups the experts of the loaded model."""
+        return self.moe_path == GROUPED and self.family is not None and not self.family.is_moe_in_config
+
+    @property
     def sparsity(self) -> str:
         if self.num_experts is None:
             return "no experts"
@@ -49,7 +56,8 @@ class Run:
     """All that is asked of a GPU.
 
     lengths: of one epoch's queries, cut. longest_tokens: of the whole data set, which memory must hold even where only
-    a part of it is trained; where tokens are estimated, at the high end. num_cut: queries of the data set that the
+    a part of it is trained; where tokens are estimated, at the high end. graphs: whether steps are replayed as CUDA
+    graphs. recompute: of RECOMPUTE. num_cut: queries of the data set that the
     cutoff shortens. recipe_batch_size: of the user's recipe, if it names one. notes: what was assumed.
     """
 
@@ -61,6 +69,8 @@ class Run:
     num_queries_of_data: int
     cutoff_len_tokens: int
     epochs: float
+    graphs: bool = False
+    recompute: str = RECIPES_OWN
     recipe_batch_size: int | None = None
     notes: tuple[str, ...] = field(default=())
 
@@ -76,12 +86,16 @@ def read_run(
     cutoff_len: int | None = None,
     recipe: Mapping[str, Any] | None = None,
     moe_path: str | None = None,
+    graphs: bool | None = None,
+    recompute: str | None = None,
 ) -> Run:
     """From what `tunescope estimate` is given. Raises UserError for whatever cannot be estimated.
 
     epochs: None: the recipe's num_train_epochs, else 1. queries: trained in an epoch; None: what the recipe's
     max_samples and val_size leave of the data, else all of them; other numbers have their lengths. cutoff_len: instead
-    of the recipe's (tokens). recipe: LLaMA-Factory's keys; None: the family's of RECIPES, else QLORA.
+    of the recipe's (tokens). recipe: LLaMA-Factory's keys; None: the family's of RECIPES, else QLORA. graphs: None: so
+    with grouped experts that a loaded model is switched to, as the launchers run them. recompute: None: as the recipe
+    says.
     """
     if queries is not None and not 1 <= queries <= MAX_QUERIES:
         raise UserError(f"--queries is {queries}; it must be from 1 to {MAX_QUERIES:,}")
@@ -89,12 +103,19 @@ def read_run(
     family_name = found.family.name if found.family else ""
     of_recipe = read_recipe(recipe, family_name, cutoff_len)
     notes = list(of_recipe.notes)
+    settings = _recomputing(of_recipe.settings, found, recompute)
+    if found.is_switched and recipe is None:
+        settings = settings | {"optim": "adamw_torch_fused"}  # as the launchers run them
+    if graphs and not found.is_switched:
+        raise UserError(
+            "--graphs is for grouped experts of Mixtral and Qwen3-MoE", cure="add --moe grouped, or drop it"
+        )
     num_epochs = checked_epochs(of_recipe.epochs or 1.0 if epochs is None else epochs, "--epochs")
     cutoff = of_recipe.cutoff_len_tokens
     if data in PAPER_DATASETS:
         whole = study_lengths(family_name, data)
     else:
-        template = str(of_recipe.settings.get("template", TEMPLATE))
+        template = str(settings.get("template", TEMPLATE))
         whole = read_lengths(data, template=template, tokenizer_json=_tokenizer(found, data))
     if whole.num_queries > MAX_QUERIES:
         raise UserError(f"{data} has more than {MAX_QUERIES:,} queries", cure="give fewer, and more --epochs")
@@ -106,7 +127,7 @@ def read_run(
             f"is sized for the upper end, {longest} tokens in the longest query. A model folder with its "
             "tokenizer.json counts them."
         )
-    if found.family is not None and found.moe_path != found.family.moe_path:
+    if found.family is not None and found.moe_path not in (found.family.moe_path, GROUPED):
         notes.append(
             f"Memory is that of MoE path {found.family.moe_path}: of {found.moe_path} only the time is modelled, so "
             "the batch that fits may differ."
@@ -116,7 +137,9 @@ def read_run(
         notes.append(_what_the_recipe_decided(epochs, queries, of_recipe.epochs, num_queries, cut.num_queries))
     return Run(
         model=found,
-        recipe=of_recipe.settings,
+        recipe=settings,
+        graphs=found.is_switched if graphs is None else graphs,
+        recompute=recompute or RECIPES_OWN,
         lengths=cut if num_queries == cut.num_queries else resized(cut, num_queries),
         longest_tokens=longest,
         num_cut=whole.num_longer_than(cutoff),
@@ -126,6 +149,23 @@ def read_run(
         recipe_batch_size=of_recipe.batch_size,
         notes=tuple(note for note in notes if note),
     )
+
+
+def _recomputing(settings: dict[str, Any], model: Model, recompute: str | None) -> dict[str, Any]:
+    """The recipe, with checkpointing as asked for. Raises UserError for what cannot be done."""
+    if recompute is None:
+        return settings
+    if recompute not in RECOMPUTE:
+        raise UserError(f"--recompute {recompute!r} is unknown", cure=f"use one of {', '.join(RECOMPUTE)}")
+    if recompute == NONE:
+        return settings | {"disable_gradient_checkpointing": True}
+    if recompute == AUTO and not model.is_switched:
+        raise UserError(
+            "--recompute auto is for grouped experts of Mixtral and Qwen3-MoE",
+            cause="only accelerate_moe() leaves layer by layer out of gradient checkpointing",
+            cure="add --moe grouped, or use --recompute none",
+        )
+    return settings
 
 
 def _what_the_recipe_decided(

@@ -12,8 +12,14 @@ from typing import Any, Protocol
 
 from tunescope.cost import memory
 from tunescope.cost.energy import BOUND, Power, PowerPoint, power_of
-from tunescope.cost.estimate_inputs import Run
-from tunescope.cost.estimate_memory import gpu_memory_bytes, max_batch_size, needed_bytes, why_not
+from tunescope.cost.estimate_inputs import AUTO, Run
+from tunescope.cost.estimate_memory import (
+    fewest_recomputed,
+    gpu_memory_bytes,
+    max_batch_size,
+    needed_bytes,
+    why_not,
+)
 from tunescope.cost.lengths import Lengths
 from tunescope.cost.padding import BatchLengths, EpochPadding, pad_epoch
 from tunescope.cost.prices import Offer, Price, find_gpu, find_price
@@ -25,6 +31,7 @@ FASTEST, MAX = "fastest", "max"
 ALL = "all"
 # A smaller batch is named as the faster one if it saves at least this part of the hours.
 _WORTH_NAMING_FRAC = 0.03
+_ONE_GROUPED_MATMUL = ((9, 0), (10, 0))  # tunescope.kernels.moe: elsewhere it goes group by group
 
 
 class StepTimeLike(Protocol):
@@ -60,6 +67,8 @@ class StepTimes(Protocol):
         key_slots: float | None = None,
         moe_path: str = "stock",
         is_other_host: bool = False,
+        graphs: bool = False,
+        num_recomputed: int | None = None,
     ) -> StepTimeLike: ...
 
 
@@ -89,7 +98,8 @@ class Estimate:
     micro-batches are left. price: with its date and source. power: mean of the run, or its bound. step: of a usual
     batch; step_before: the same one by the model that was not calibrated, None without calibration. max_batch_hours:
     what the largest batch would take, where the fastest is another. faster_batch_size: where the largest was asked for,
-    one that takes less time, with its hours; None where there is none worth naming.
+    one that takes less time, with its hours; None where there is none worth naming. num_recomputed: layers, where
+    memory decided how many; None: as the recipe says.
     """
 
     run: Run
@@ -110,6 +120,12 @@ class Estimate:
     max_batch_hours: float | None = None
     faster_batch_size: int | None = None
     faster_hours: float | None = None
+    num_recomputed: int | None = None
+
+    @property
+    def graphs(self) -> bool:
+        """Whether steps are replayed as CUDA graphs."""
+        return self.run.graphs and can_replay(self.device)
 
     @cached_property
     def num_queries(self) -> float:
@@ -157,6 +173,11 @@ class Estimate:
         return None if self.energy_kwh is None else self.energy_kwh * 3.6e6 / self.num_queries
 
 
+def can_replay(device: Device) -> bool:
+    """Whether steps of grouped experts can be CUDA graphs: torch's grouped matmul waits for the host on other GPUs."""
+    return device.compute_capability in _ONE_GROUPED_MATMUL
+
+
 def find_gpus(names: Sequence[str]) -> tuple[Device, ...]:
     """Of hardware.py, in its order for ALL. Raises UserError for an unknown or ambiguous name, and for none."""
     wanted = [part.strip() for name in names for part in name.split(",") if part.strip()]
@@ -197,7 +218,9 @@ def estimate_runs(
 
 def _held(run: Run, device: Device) -> int:
     """The largest batch that memory holds, however many queries there are."""
-    return memory.max_batch_size(run.model.config, run.recipe, gpu_memory_bytes(device), run.longest_tokens)
+    return memory.max_batch_size(
+        run.model.config, run.recipe, gpu_memory_bytes(device), run.longest_tokens, moe_path=run.model.moe_path
+    )
 
 
 def _sizes_to_try(largest: int) -> list[int]:
@@ -221,19 +244,21 @@ class _Estimator:
         self._run, self._step_times, self._before = run, step_times, before
         self._power_points, self._own_devices = power_points, own_devices
         self._paddings: dict[tuple[int, int], EpochPadding] = {}
+        self._recomputed: dict[tuple[str, int], int] = {}
         self._accumulation = int(run.recipe.get("gradient_accumulation_steps", 1))
 
     def estimate(self, device: Device, batch: int | str, prices: Sequence[Price]) -> Estimate:
         run = self._run
         config, recipe, longest = run.model.config, run.recipe, run.longest_tokens
-        largest = max_batch_size(config, recipe, gpu_memory_bytes(device), longest, run.lengths.num_queries)
+        moe_path = run.model.moe_path
+        largest = max_batch_size(config, recipe, gpu_memory_bytes(device), longest, run.lengths.num_queries, moe_path)
         asked = batch if isinstance(batch, int) else None
         if largest < (asked or 1):
             return Estimate(
                 run=run,
                 device=device,
                 max_batch_size=largest,
-                why_not=why_not(config, recipe, device, asked or 1, longest),
+                why_not=why_not(config, recipe, device, asked or 1, longest, moe_path),
             )
         by_hours: dict[int, float] = {}
         if asked is None:
@@ -242,18 +267,19 @@ class _Estimator:
         size = asked or (fastest if batch == FASTEST else largest)
         faster = batch == MAX and by_hours[fastest] <= (1 - _WORTH_NAMING_FRAC) * by_hours[largest]
         padding = self._padding(run.lengths, size)
+        recomputed = self._num_recomputed(device, size)
         price, no_price = _price(device, prices)
         return Estimate(
             run=run,
             device=device,
             max_batch_size=largest,
             batch_size=size,
-            peak=memory.peak(config, recipe, size, longest),
-            needed_bytes=needed_bytes(config, recipe, size, longest),
+            peak=memory.peak(config, recipe, size, longest, moe_path=moe_path, num_recomputed=recomputed),
+            needed_bytes=needed_bytes(config, recipe, size, longest, moe_path, recomputed),
             padding=padding,
             num_steps=math.ceil(padding.num_steps / self._accumulation) * run.epochs,
-            step=self._step(device, padding.usual),
-            step_before=None if self._before is None else self._step(device, padding.usual, before=self._before),
+            step=self._step(device, padding.usual, size),
+            step_before=None if self._before is None else self._step(device, padding.usual, size, before=self._before),
             hours=self._hours(device, size),
             price=price,
             no_price=no_price,
@@ -261,7 +287,20 @@ class _Estimator:
             max_batch_hours=by_hours[largest] if batch == FASTEST and fastest != largest else None,
             faster_batch_size=fastest if faster else None,
             faster_hours=by_hours[fastest] if faster else None,
+            num_recomputed=recomputed,
         )
+
+    def _num_recomputed(self, device: Device, size: int) -> int | None:
+        """Of micro-batches of so many queries; None where memory does not decide it."""
+        run = self._run
+        if run.recompute != AUTO:
+            return None
+        key = (device.name, size)
+        if key not in self._recomputed:
+            self._recomputed[key] = fewest_recomputed(
+                run.model.config, run.recipe, gpu_memory_bytes(device), size, run.longest_tokens
+            )
+        return self._recomputed[key]
 
     def _padding(self, lengths: Lengths, size: int) -> EpochPadding:
         key = (id(lengths), size)
@@ -273,12 +312,14 @@ class _Estimator:
         self,
         device: Device,
         batch: BatchLengths,
+        full_size: int,
         *,
         accumulation: int | None = None,
         before: StepTimes | None = None,
     ) -> StepTimeLike:
-        """accumulation: micro-batches of the step, if others than the recipe's. before: the model to ask, of a host
-        that was not measured, instead of this one."""
+        """full_size: queries of all but an epoch's last batch. accumulation: micro-batches of the
+        step, if others than the recipe's. before: the model to ask, of a host that was not measured, instead of this
+        one."""
         size, recipe = batch.batch_size, self._run.recipe
         return (before or self._step_times).step_time(
             self._run.model.config,
@@ -289,23 +330,27 @@ class _Estimator:
             key_slots=size * batch.mean_of(lambda tokens: tokens * tokens / 2.0),
             moe_path=self._run.model.moe_path,
             is_other_host=before is not None or device.name not in self._own_devices,
+            graphs=self._run.graphs and can_replay(device),
+            num_recomputed=self._num_recomputed(device, full_size),
         )
 
     def _median_hours(self, device: Device, lengths: Lengths, size: int) -> float:
         """Of all epochs: the usual batches and the smaller one at the end of each."""
         padding, each = self._padding(lengths, size), self._accumulation
         num_usual = padding.num_steps - (padding.last is not None)
-        usual_s = self._step(device, padding.usual).median_s
+        usual_s = self._step(device, padding.usual, size).median_s
         seconds = num_usual * usual_s / each
         if padding.last is not None:
-            seconds += self._step(device, padding.last).median_s / each
+            seconds += self._step(device, padding.last, size).median_s / each
         if num_left := padding.num_steps % each:  # an epoch's last step has fewer micro-batches and a whole update
-            seconds += self._step(device, padding.usual, accumulation=num_left).median_s - num_left / each * usual_s
+            seconds += (
+                self._step(device, padding.usual, size, accumulation=num_left).median_s - num_left / each * usual_s
+            )
         return seconds * self._run.epochs / 3600
 
     def _hours(self, device: Device, size: int) -> Hours:
         lengths = self._run.lengths
-        step = self._step(device, self._padding(lengths, size).usual)
+        step = self._step(device, self._padding(lengths, size).usual, size)
         median = self._median_hours(device, lengths, size)
         # Where tokens are estimated, the whole range of what was assumed about them is added to the interval.
         low, high = (self._median_hours(device, each, size) for each in lengths.bounds or (lengths, lengths))

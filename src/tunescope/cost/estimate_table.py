@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 OURS, PAPER = METHODS = ("ours", "paper")
 COLUMNS = (
-    "gpu", "status", "cause", "model", "sparsity", "top_k", "moe_path", "data", "batch_size", "max_batch_size",
-    "num_queries", "epochs", "tokens_per_epoch", "padding_frac", "cutoff_len_tokens", "longest_tokens",
-    "num_queries_cut", "num_steps", "step_s", "step_s_low", "step_s_high", "queries_per_s", "queries_per_s_low",
+    "gpu", "status", "cause", "model", "sparsity", "top_k", "moe_path", "is_graph_replayed", "data", "batch_size",
+    "max_batch_size", "num_queries", "epochs", "tokens_per_epoch", "padding_frac", "cutoff_len_tokens",
+    "longest_tokens", "num_queries_cut",
+    "num_steps", "step_s", "step_s_low", "step_s_high", "queries_per_s", "queries_per_s_low",
     "queries_per_s_high", "hours", "hours_low", "hours_high", "is_extrapolated", "basis", "needed_gib",
     "gpu_memory_gib", "peak_moment", "usd", "usd_low", "usd_high", "usd_per_hour", "price_provider", "price_date",
     "price_source", "break_even_usd_per_hour", "is_cheapest", "is_fastest", "energy_kwh", "energy_kwh_low",
     "energy_kwh_high", "energy_j_per_query", "power_w", "power_kind", "max_batch_hours", "faster_batch_size",
-    "faster_hours", "slots_over_measured",
+    "faster_hours", "slots_over_measured", "num_recomputed_layers",
 )  # fmt: skip
 
 
@@ -78,7 +79,9 @@ def answer(
     top_k: int | None = None,
     cutoff_len: int | None = None,
     recipe: Mapping[str, Any] | None = None,
-    moe_path: str | None = None,
+    moe: str | None = None,
+    graphs: bool | None = None,
+    recompute: str | None = None,
     prices: Sequence[str] = (),
     calibrate: Path | None = None,
     step_times: StepTimes | None = None,
@@ -93,7 +96,9 @@ def answer(
         top_k=top_k,
         cutoff_len=cutoff_len,
         recipe=recipe,
-        moe_path=moe_path,
+        moe_path=moe,
+        graphs=graphs,
+        recompute=recompute,
     )
     devices, user_prices = find_gpus(gpus), read_user_prices(prices)
     size = read_batch(FASTEST if batch is None and run.recipe_batch_size is None else batch or run.recipe_batch_size)
@@ -146,7 +151,9 @@ def estimate(
     top_k: int | None = None,
     cutoff_len: int | None = None,
     recipe: Mapping[str, Any] | None = None,
-    moe_path: str | None = None,
+    moe: str | None = None,
+    graphs: bool | None = None,
+    recompute: str | None = None,
     prices: Sequence[str] = (),
     calibrate: Path | None = None,
     step_times: StepTimes | None = None,
@@ -158,7 +165,9 @@ def estimate(
     them, else all of the data. gpus: names, or all. batch: queries a micro-batch; max: the largest that fits; fastest:
     of those that fit, the one that takes least time; None: the recipe's, else fastest. sparsity: sparse or dense;
     top_k: instead of it. cutoff_len: instead of the recipe's (tokens). recipe: LLaMA-Factory's keys; None: the
-    family's. moe_path: stock, grouped or loop; None: the family's. prices: GPU=USD_PER_HOUR or a CSV, before the
+    family's. moe: path of the experts, stock, grouped or loop; None: the family's. graphs: with grouped experts,
+    whether steps are replayed as CUDA graphs; None: as the launchers do. recompute: of the layers all, none or, where
+    grouped, auto: as few as memory allows; None: as the recipe says. prices: GPU=USD_PER_HOUR or a CSV, before the
     table's. calibrate: folder of measured points. step_times: instead of the default model of step times.
 
     Intervals (_low, _high) are of 90 %; of an energy whose power_kind is a bound energy_kwh is the upper end. Raises
@@ -177,7 +186,9 @@ def estimate(
         top_k=top_k,
         cutoff_len=cutoff_len,
         recipe=recipe,
-        moe_path=moe_path,
+        moe=moe,
+        graphs=graphs,
+        recompute=recompute,
         prices=prices,
         calibrate=calibrate,
         step_times=step_times,
@@ -200,6 +211,7 @@ def _row(found: Answer, each: Estimate) -> dict[str, Any]:
         "sparsity": run.model.sparsity,
         "top_k": run.model.top_k,
         "moe_path": run.model.moe_path,
+        "is_graph_replayed": each.graphs,
         "data": run.lengths.source,
         "batch_size": each.batch_size,
         "max_batch_size": each.max_batch_size,
@@ -236,6 +248,7 @@ def _row(found: Answer, each: Estimate) -> dict[str, Any]:
         "power_kind": each.power.kind if each.power else None,
         "max_batch_hours": each.max_batch_hours,
         "slots_over_measured": each.step.slots_over_measured,
+        "num_recomputed_layers": each.num_recomputed,
         "faster_batch_size": each.faster_batch_size,
         "faster_hours": each.faster_hours,
     }

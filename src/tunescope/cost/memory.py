@@ -6,10 +6,11 @@ with counted tensors and with measured runs.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tunescope.cost.memory_blackmamba import blackmamba_block, final_norm_saved, loss_rows
+from tunescope.cost.memory_grouped import expert_copies, grouped_layer
 from tunescope.cost.memory_layers import INT64, LayerMemory, decoder_layer, input_saved, norm_saved
 from tunescope.cost.memory_shapes import (
     BF16,
@@ -27,6 +28,7 @@ from tunescope.cost.memory_shapes import (
 from tunescope.cost.memory_weights import Weights, blackmamba_weights, decoder_weights
 from tunescope.cost.padding import PAD_MULTIPLE
 from tunescope.errors import UserError
+from tunescope.families.family import GROUPED, STOCK
 
 MIB = 2**20
 # cuBLAS works in 32 MiB on an H100 or newer, taken from the same allocator; older GPUs take 8.1 MiB. Forward and
@@ -46,7 +48,10 @@ RESIDENT = (
     "frozen weights", "trained weights", "optimizer state", "batch and tables", "matmul workspace",
     "accumulated gradients",
 )  # fmt: skip
+KEPT_LAYERS = "layers that are not recomputed"  # a term
 MOMENTS = (FORWARD, LOSS, LOGITS_GRADIENT, RECOMPUTE, BACKWARD, OPTIMIZER)
+# Moments at which what layers keep that are not recomputed is there; before the first recompute it is gone.
+GROWING = frozenset((FORWARD, LOSS, LOGITS_GRADIENT, BACKWARD))
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Peak:
 @dataclass(frozen=True)
 class _Model:
     """layers: from the first to the last. head_saved: of the final norm, the head and the loss without its logits.
-    logits: numbers that the loss is computed of; all_logits: numbers of the head's output."""
+    logits: numbers that the loss is computed of; all_logits: numbers of the head's output. kept: bytes of the layers
+    that are not recomputed where others are, beyond their inputs."""
 
     setup: Setup
     weights: Weights
@@ -71,6 +77,7 @@ class _Model:
     head_saved: int
     logits: int
     all_logits: int
+    kept: int = 0
 
 
 def memory_terms(
@@ -82,13 +89,17 @@ def memory_terms(
     is_masked: bool = True,
     holds_nf4_inputs: bool = False,
     workspace_bytes: int = WORKSPACE_BYTES,
+    moe_path: str = STOCK,
+    num_recomputed: int | None = None,
 ) -> dict[str, dict[str, int]]:
     """Moment -> term -> bytes allocated then, on one GPU, in any step but the first, whose optimizer state is new.
 
     config: of the model, with the depth and top_k that run. recipe: LLaMA-Factory's keys. seq_len_tokens: of the
     longest query; it is padded to a multiple of 8. is_masked: whether some slots are padding; without, attention needs
     no mask and repeats no keys. holds_nf4_inputs: as bitsandbytes did before 0.43.2, whose matmul held on to its input
-    where checkpointing without reentry could not drop it.
+    where checkpointing without reentry could not drop it. moe_path: GROUPED of a decoder is accelerate_moe()'s; any
+    other is stock transformers', and BlackMamba has its own. num_recomputed: of a decoder's layers, the first ones;
+    None: all of them, unless the recipe says none.
 
     Of RECOMPUTE and BACKWARD the layer that needs most; RECOMPUTE is missing without gradient checkpointing. Raises
     UserError for a model or a recipe that is not modelled.
@@ -97,7 +108,12 @@ def memory_terms(
     if model_type(config) == BLACKMAMBA:
         model = _blackmamba(config, recipe, batch)
     else:
-        model = _decoder(config, recipe, batch, holds_nf4_inputs=holds_nf4_inputs)
+        model = _decoder(config, recipe, batch, holds_nf4_inputs=holds_nf4_inputs, is_grouped=moe_path == GROUPED)
+        if num_recomputed is not None and model.setup.is_checkpointed:
+            if not 0 <= num_recomputed <= len(model.layers):
+                raise UserError(f"{num_recomputed} of {len(model.layers)} layers cannot be recomputed")
+            of_layer = max(0, model.layers[0].saved_bytes - model.layers[0].input)
+            model = replace(model, kept=of_layer * (len(model.layers) - num_recomputed))
     setup, weights = model.setup, model.weights
     resident = {
         "frozen weights": weights.frozen,
@@ -140,6 +156,9 @@ def memory_terms(
     if setup.is_checkpointed:
         moments[RECOMPUTE] = resident | _largest_layer(model, "recompute_working")
     moments[BACKWARD] = resident | _largest_layer(model, "backward_working")
+    if model.kept:
+        for moment in GROWING:
+            moments[moment] = moments[moment] | {KEPT_LAYERS: model.kept}
     return {moment: moments[moment] for moment in MOMENTS if moment in moments}
 
 
@@ -207,9 +226,18 @@ def max_batch_size(
     return fitting
 
 
-def _decoder(config: Mapping[str, Any], recipe: Mapping[str, Any], batch: Batch, *, holds_nf4_inputs: bool) -> _Model:
+def _decoder(
+    config: Mapping[str, Any], recipe: Mapping[str, Any], batch: Batch, *, holds_nf4_inputs: bool, is_grouped: bool
+) -> _Model:
     shape = read_decoder(config)
     setup = read_setup(recipe, shape.linears)
+    weights = decoder_weights(shape, setup)
+    if is_grouped and shape.num_experts:
+        layer = grouped_layer(shape, setup, batch)
+        fewer = expert_copies(shape, setup)
+        weights = replace(weights, layer_copies=tuple(copies - fewer for copies in weights.layer_copies))
+    else:
+        layer = decoder_layer(shape, setup, batch, holds_nf4_inputs=holds_nf4_inputs)
     tokens = batch.tokens
     head = () if setup.is_lora else (Linear("lm_head", shape.width, shape.vocab_size),)
     shared = _batch_tensors(batch) | {
@@ -218,8 +246,8 @@ def _decoder(config: Mapping[str, Any], recipe: Mapping[str, Any], batch: Batch,
     }
     return _Model(
         setup=setup,
-        weights=decoder_weights(shape, setup),
-        layers=(decoder_layer(shape, setup, batch, holds_nf4_inputs=holds_nf4_inputs),) * shape.num_layers,
+        weights=weights,
+        layers=(layer,) * shape.num_layers,
         shared=shared,
         hidden=tokens * shape.width * setup.stream,
         head_saved=norm_saved(tokens, shape.width, setup)

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TERMS = ("launches", "weights", "matmul", "activations", "scan", "optimizer")
+TERMS = ("launches", "weights", "matmul", "activations", "scan", "optimizer", "kernels", "decoding")
 _NUM_TERMS = len(TERMS)
 # Costs before anything is seen: median, and standard deviation of the logarithm. A launch of PyTorch takes the host
-# some 25 us with Python, PEFT and dispatch around it (its unit is 1 us); kernels reach half to nine tenths of a peak.
-_COST_PRIOR = np.log([25.0, 1.3, 2.0, 1.5, 4.0, 1.2])
-_COST_PRIOR_SD = np.array([0.5, 0.3, 0.4, 0.5, 1.0, 0.3])
+# some 25 us with Python, PEFT and dispatch around it (its unit is 1 us); kernels reach half to nine tenths of a peak. A
+# kernel that a CUDA graph replays has some microseconds of a GPU for itself, however little it does. Decoding inside a
+# product was timed apart, at 180 to 290 us a projection of Mixtral on an H200 (bench/nf4_grouped.py, few rows).
+_COST_PRIOR = np.log([25.0, 1.3, 2.0, 1.5, 4.0, 1.2, 4.0, 1.2])
+_COST_PRIOR_SD = np.array([0.5, 0.3, 0.4, 0.5, 1.0, 0.3, 0.5, 0.4])
 # p - 1: 0 adds host and GPU up, infinity hides the shorter behind the longer. 0.5 is in between.
 _OVERLAP_PRIOR, _OVERLAP_PRIOR_SD = math.log(0.5), 0.5
 
@@ -33,7 +35,7 @@ HOST, DEVICE, CODE = KINDS = (0, 1, 2)
 # Of each kind, the effects that one of it has, each as the terms it touches.
 EFFECTS = (
     (("launches",),),
-    (("weights", "activations", "scan", "optimizer"), ("matmul",)),
+    (("weights", "activations", "scan", "optimizer"), ("matmul", "decoding")),
     (("launches",), ("weights", "activations", "scan"), ("matmul",)),
 )
 # Spread of each kind's effects before anything is seen, and how many hosts that is worth. Those of GPUs and codes stay

@@ -16,17 +16,19 @@ import numpy as np
 from tunescope.cost import time_fit
 from tunescope.cost.time_packaged import own_points
 from tunescope.cost.time_points import TimedPoint, paper_points
-from tunescope.cost.time_work import STOCK, code_of, step_work
+from tunescope.cost.time_work import GRAPHS, STOCK, code_of, step_work
 from tunescope.errors import UserError
 from tunescope.hardware import Device
 
 # Terms as an answer names them, in the order of time_fit.TERMS, and what is left when they are added up.
 TERM_NAMES = (
     "host: kernel launches", "weights: decoding and reading", "matrix products and attention",
-    "activations", "selective scan", "optimizer and clipping",
+    "activations", "selective scan", "optimizer and clipping", "kernels of CUDA graphs", "decoding inside products",
 )  # fmt: skip
 OVERLAP_NAME = "host and GPU at once"
 ANOTHER_HOST = "a host that was not measured"
+# Fewer points of a code do not tell how its time goes with the batch.
+MIN_POINTS_OF_A_CODE = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +36,9 @@ class StepTime:
     """Of one optimizer step.
 
     low_s, high_s: 90 % interval of its mean duration in a run. is_extrapolated: nothing was ever measured on this GPU,
-    or of this architecture, way of training and MoE path. basis: which measurements it rests on, one sentence. terms:
-    named seconds that add up to median_s; what each would take alone, and a negative one for what overlaps.
+    or too little of this architecture, way of training and MoE path, or under CUDA graphs not on this GPU. basis: which
+    measurements it rests on, one sentence. terms: named seconds that add up to median_s; what each would take alone,
+    and a negative one for what overlaps.
     slots_over_measured: token slots of a micro-batch over those of the largest that was measured on this GPU by this
     code; None where none was.
     """
@@ -109,6 +112,8 @@ class TimeModel:
         key_slots: float | None = None,
         moe_path: str = STOCK,
         is_other_host: bool = False,
+        graphs: bool = False,
+        num_recomputed: int | None = None,
     ) -> StepTime:
         """The mean step of a run.
 
@@ -117,10 +122,14 @@ class TimeModel:
         slots, as padding.EpochPadding.expected_slots_per_step. key_slots: keys seen, summed over the slots; by default
         as of equally long queries. moe_path: stock, loop or grouped. is_other_host: a GPU of this kind in a machine
         that was not measured, whose CPU may be slower or faster; otherwise the machine whose points there are.
+        graphs, num_recomputed: as for time_work.step_work.
         Raises UserError for a model, a recipe or a path that is not modelled.
         """
-        work = step_work(config, recipe, batch_size=batch_size, slots=slots, key_slots=key_slots, moe_path=moe_path)
-        code = code_of(config, recipe, moe_path)
+        work = step_work(
+            config, recipe, batch_size=batch_size, slots=slots, key_slots=key_slots, moe_path=moe_path,
+            graphs=graphs, num_recomputed=num_recomputed,
+        )  # fmt: skip
+        code = code_of(config, recipe, moe_path, graphs=graphs)
         host = ANOTHER_HOST if is_other_host else self.host_of(device)
         return self._answer(np.array(work.seconds_at_peak(device)), (host, device.name, code), slots)
 
@@ -144,11 +153,19 @@ class TimeModel:
             median_s=found.median_s,
             low_s=found.median_s / factor,
             high_s=found.median_s * factor,
-            is_extrapolated=not (self._count_of_device[device] and self._count_of_code[code]),
+            is_extrapolated=self._is_extrapolated(group),
             basis=self._basis(group),
             terms=tuple((name, seconds) for name, seconds in named.items() if seconds),
             slots_over_measured=None if largest is None else slots / largest,
         )
+
+    def _is_extrapolated(self, group: time_fit.Group) -> bool:
+        _, device, code = group
+        if not self._count_of_device[device]:
+            return True
+        # Their kernels are tuned on one GPU, and nothing of a host hides how fast they are on another.
+        is_of_another_gpu = code.endswith(GRAPHS) and (device, code) not in self._largest_slots
+        return self._count_of_code[code] < MIN_POINTS_OF_A_CODE or is_of_another_gpu
 
     def _basis(self, group: time_fit.Group) -> str:
         host, device, code = group
@@ -156,7 +173,7 @@ class TimeModel:
         parts = []
         num_devices = len(self.fit.names[time_fit.DEVICE])
         if here:
-            parts.append(f"{here} measured points of {code} on {host}")
+            parts.append(f"{here} measured {'point' if here == 1 else 'points'} of {code} on {host}")
         elif not self._count_of_device[device]:
             parts.append(f"nothing measured on {device}: its data sheet, and the spread of {num_devices} GPUs")
         else:
@@ -166,7 +183,8 @@ class TimeModel:
         if not self._count_of_code[code]:
             parts.append(f"nothing measured of {code}: counts of its work alone")
         elif not here:
-            parts.append(f"{self._count_of_code[code]} measured points of {code}")
+            count = self._count_of_code[code]
+            parts.append(f"{count} measured {'point' if count == 1 else 'points'} of {code}")
         return "; ".join(parts)
 
 

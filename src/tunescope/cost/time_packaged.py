@@ -20,7 +20,7 @@ from tunescope.hardware import find_device
 FILE = "measured_steps.csv"
 COLUMNS = (
     "model", "dataset", "top_k", "num_layers", "batch_size", "moe_path", "device", "host", "stack", "slots",
-    "key_slots", "step_s", "error_frac", "num_steps", "source",
+    "key_slots", "step_s", "error_frac", "num_steps", "source", "optim", "graphs", "num_recomputed", "hit_experts",
 )  # fmt: skip
 
 
@@ -58,6 +58,10 @@ def _row(point: TimedPoint) -> dict[str, Any]:
         "error_frac": f"{point.error_frac:.3g}",
         "num_steps": point.num_steps,
         "source": point.source,
+        "optim": point.recipe.get("optim", RECIPES[point.model]["optim"]),
+        "graphs": int(point.graphs),
+        "num_recomputed": "" if point.num_recomputed is None else point.num_recomputed,
+        "hit_experts": "" if point.hit_experts is None else point.hit_experts,
     }
     written, read = point.work(), _point({name: str(value) for name, value in row.items()}).work()
     if abs(written.launches / read.launches - 1) + abs(written.matmul_flop / read.matmul_flop - 1) > 1e-4:
@@ -73,7 +77,7 @@ def _point(row: dict[str, str]) -> TimedPoint:
         model=row["model"],
         dataset=row["dataset"],
         config=family.config_at(family.full, int(row["num_layers"]), int(row["top_k"])),
-        recipe=RECIPES[row["model"]],
+        recipe=RECIPES[row["model"]] | {"optim": row["optim"]},
         device=find_device(row["device"]),
         host=row["host"],
         stack=row["stack"],
@@ -85,6 +89,9 @@ def _point(row: dict[str, str]) -> TimedPoint:
         error_frac=float(row["error_frac"]),
         num_steps=int(row["num_steps"]),
         source=row["source"],
+        graphs=row["graphs"] == "1",
+        num_recomputed=int(row["num_recomputed"]) if row["num_recomputed"] else None,
+        hit_experts=float(row["hit_experts"]) if row["hit_experts"] else None,
     )
 
 

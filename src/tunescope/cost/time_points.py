@@ -14,8 +14,10 @@ import numpy as np
 from tunescope import paper, results
 from tunescope.config import LATENCY, THROUGHPUT
 from tunescope.cost.lengths import Lengths, paper_lengths
+from tunescope.cost.memory import OPTIMIZER, memory_terms
 from tunescope.cost.padding import BatchLengths, batch_lengths
-from tunescope.cost.time_work import STOCK, StepWork, code_of, step_work
+from tunescope.cost.time_counts import StepWork
+from tunescope.cost.time_work import STOCK, code_of, step_work
 from tunescope.errors import UserError
 from tunescope.families import find_family
 from tunescope.hardware import GIB, Device, UnknownDevice, find_device
@@ -61,6 +63,7 @@ PAPER_STACK = "the study's, 2024"
 _STACK_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 _MIN_TIMED_STEPS = 2  # one says nothing of its own error
 _NUM_REASONS_SHOWN = 3
+_FEW_HIT_FRAC = 0.9  # of the optimizer's memory: more than predictions of it err
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,9 @@ class TimedPoint:
     config: with the depth and top_k that ran. recipe: LLaMA-Factory's keys, as far as they matter here. model, dataset:
     names for a table. slots: mean token slots of a micro-batch, padding included; key_slots: keys seen, summed over
     them. step_s: mean. error_frac: its standard error over it, 0 where it is not known. host: what launches the
-    kernels, one name for all points of one machine and stack.
+    kernels, one name for all points of one machine and stack. graphs: steps were replayed as CUDA graphs.
+    num_recomputed: layers run again in backward, None: as the recipe says. hit_experts: of a layer, that got tokens,
+    None: not known, and taken from uniform routing.
     """
 
     model: str
@@ -88,6 +93,9 @@ class TimedPoint:
     error_frac: float
     num_steps: int | None
     source: str
+    graphs: bool = False
+    num_recomputed: int | None = None
+    hit_experts: float | None = None
 
     @property
     def top_k(self) -> int:
@@ -96,13 +104,13 @@ class TimedPoint:
 
     @property
     def code(self) -> str:
-        return code_of(self.config, self.recipe, self.moe_path)
+        return code_of(self.config, self.recipe, self.moe_path, graphs=self.graphs)
 
     @property
     def measurement(self) -> tuple[Any, ...]:
         """Equal for one measurement read from its folder and from a package, which keeps six digits."""
         numbers = (f"{value:.6g}" for value in (self.step_s, self.slots))
-        return (*self.group, self.top_k, self.batch_size, *numbers)
+        return (*self.group, self.top_k, self.batch_size, self.num_recomputed, *numbers)
 
     @property
     def group(self) -> tuple[str, str, str]:
@@ -117,6 +125,9 @@ class TimedPoint:
             slots=self.slots,
             key_slots=self.key_slots,
             moe_path=self.moe_path,
+            graphs=self.graphs,
+            num_recomputed=self.num_recomputed,
+            hit_experts=self.hit_experts,
         )
 
 
@@ -260,11 +271,12 @@ def _read_point(found: results.PointFolder) -> TimedPoint:
     if not (seconds > 0).all() or not (slots > 0).all():
         raise UserError("it has steps of no duration or of no tokens")
     point = content["point"]
-    moe_path = str(content["moe"])
+    config = content["model_config"] | {"num_experts_per_tok": point["top_k"]}
+    recomputed = content.get("checkpointed_layers")
     timed_point = TimedPoint(
         model=point["model"],
         dataset=point["dataset"],
-        config=content["model_config"] | {"num_experts_per_tok": point["top_k"]},
+        config=config,
         recipe=content["recipe"],
         device=device,
         host=host_name(device, environment),
@@ -272,14 +284,53 @@ def _read_point(found: results.PointFolder) -> TimedPoint:
         batch_size=int(point["per_device_batch_size"]),
         slots=float(slots.mean()),
         key_slots=float((slots * lengths / 2).mean()),
-        moe_path=moe_path,
+        moe_path=str(content["moe"]),
         step_s=float(seconds.mean()),
         error_frac=float(seconds.std(ddof=1) / np.sqrt(len(seconds)) / seconds.mean()),
         num_steps=len(seconds),
         source=f"{content['kind']} {content['point_id']}",
+        graphs=_were_graphs_replayed(found),
+        num_recomputed=None if recomputed is None else len(recomputed),
+        hit_experts=_hit_experts(found, config, max(columns["seq_len_tokens"].tolist())),
     )
     timed_point.work()  # a model or recipe that is not modelled cannot be used
     return timed_point
+
+
+def _were_graphs_replayed(found: results.PointFolder) -> bool:
+    """Raises UserError for a point that was to replay its steps and could not: it is neither the one nor the other."""
+    if not found.point.get("graphs"):
+        return False
+    replayed = found.outcome.get("cuda_graphs") or {}
+    if replayed.get("why_not"):
+        raise UserError(f"its steps were not replayed as CUDA graphs: {replayed['why_not']}")
+    return True
+
+
+def _hit_experts(found: results.PointFolder, config: Mapping[str, Any], longest_tokens: int) -> float | None:
+    """Experts of a layer that got tokens, where the peak of memory tells that many did not.
+
+    On the stock path an adapter that no token reaches has no gradient and no optimizer state, and at the optimizer's
+    moment nothing else depends on the batch. So what the peak lacks of the predicted one is theirs; see
+    docs/time_model.md.
+    """
+    peak_bytes, content = found.outcome.get("peak_allocated_bytes"), found.point
+    num_experts = config.get("num_local_experts") or config.get("num_experts")
+    if content["moe"] != STOCK or not num_experts or peak_bytes is None:
+        return None
+    point = content["point"]
+    moments = memory_terms(
+        config,
+        content["recipe"],
+        int(point["per_device_batch_size"]),
+        int(longest_tokens),
+        is_masked=point["seq_len_tokens"] is None,
+    )
+    terms = moments[OPTIMIZER]
+    of_hit = sum(terms[name] for name in ("optimizer state", "gradients", "optimizer's working set"))
+    reached = 1 - (sum(terms.values()) - peak_bytes) / of_hit
+    is_of_the_optimizer = sum(terms.values()) == max(sum(each.values()) for each in moments.values())
+    return round(reached * num_experts, 1) if is_of_the_optimizer and 0 < reached < _FEW_HIT_FRAC else None
 
 
 def _device(environment: Mapping[str, Any]) -> Device:

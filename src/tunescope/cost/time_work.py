@@ -5,8 +5,8 @@ in traces of Mixtral and BlackMamba (docs/results/h200); docs/time_model.md has 
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from tunescope.cost.memory_shapes import (
@@ -21,58 +21,16 @@ from tunescope.cost.memory_shapes import (
     read_decoder,
     read_setup,
 )
+from tunescope.cost.time_counts import Launches, StepWork
+from tunescope.cost.time_work_grouped import grouped_experts, norm_kernels
 from tunescope.errors import UserError
 from tunescope.families.blackmamba import BLACKMAMBA as BLACKMAMBA_FAMILY
 from tunescope.families.blackmamba_shapes import EXPERTS, delta_rank, inner_width, num_parameters, parameter_shapes
-from tunescope.families.family import GROUPED, LOOP, NF4_BYTES_PER_WEIGHT
+from tunescope.families.family import GROUPED, LOOP, NF4_BYTES_PER_WEIGHT, STOCK
 from tunescope.flops import ForwardFlop, train_flop
-from tunescope.hardware import Device
 
-STOCK = "stock"
 MOE_PATHS = (STOCK, GROUPED, LOOP)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepWork:
-    """Of one optimizer step on one GPU, all its micro-batches together.
-
-    launches: kernels that the host launches. weight_bytes: DRAM traffic of weights, which does not depend on the batch:
-    packed, decoded, read again, in every pass. matmul_flop: of matrix products and attention. activation_bytes,
-    scan_bytes: DRAM traffic that goes with the token slots, outside of Mamba mixers and in them. optimizer_bytes: of
-    clipping and the update. is_bf16: whether the products run in bf16, not in fp32.
-    """
-
-    launches: float
-    weight_bytes: float
-    matmul_flop: float
-    activation_bytes: float
-    scan_bytes: float
-    optimizer_bytes: float
-    is_bf16: bool
-
-    def seconds_at_peak(self, device: Device) -> tuple[float, ...]:
-        """In the order of time_fit.TERMS, if a launch took 1 us and the GPU reached the peaks of its data sheet."""
-        bytes_per_s = device.dram_bytes_per_s
-        flop_per_s = device.peak_bf16_flop_per_s if self.is_bf16 else device.peak_fp32_flop_per_s
-        return (
-            self.launches * 1e-6,
-            self.weight_bytes / bytes_per_s,
-            self.matmul_flop / flop_per_s,
-            self.activation_bytes / bytes_per_s,
-            self.scan_bytes / bytes_per_s,
-            self.optimizer_bytes / bytes_per_s,
-        )
-
-
-@dataclass(frozen=True)
-class Launches:
-    """Kernels of one call: forward, and backward without its recompute."""
-
-    forward: float
-    backward: float
-
-    def in_step(self, setup: Setup) -> float:
-        return self.forward * (2 if setup.is_checkpointed else 1) + self.backward
+GRAPHS = "graphs"  # at the end of a code's name
 
 
 # Counted in traces of Mixtral-8x7B's stock path (transformers 4.57, PEFT 0.18, bitsandbytes 0.50): averages, for
@@ -101,6 +59,7 @@ _ADAMW_PASSES, _FUSED_PASSES, _CLIP_PASSES = 7, 1, 2
 
 # Numbers that pass through DRAM for each row of a tensor of the given width, in one forward: read and written by
 # elementwise kernels, which the stock path does not fuse.
+_PASSES_FUSED_NORM = 2.5  # read and written; in backward its gradient, too
 _PASSES_NORM = 8  # in fp32 inside: counted as 16 bf16 numbers would be, half
 _PASSES_ATTENTION = 10
 _PASSES_GATED = 8
@@ -109,6 +68,11 @@ _PASSES_LORA = 6
 _PASSES_MAMBA = 16
 _PASSES_LOGITS = 8  # logits in fp32: cast, shifted, logarithms, gradients; forward and backward together
 _BACKWARD_OVER_FORWARD = 2
+
+# What the host does around forward and backward, as launches, which shows where these are CUDA graphs: the Trainer and
+# its batch; clipping's and the optimizer's lists, tensor by tensor. On an H200 a step of one query took 0.113 s with
+# all layers recomputed and 0.116 s with none: that much is the host's. How it divides among the two is assumed.
+_LAUNCHES_AROUND, _LAUNCHES_A_TENSOR = 1500, 0.5
 
 # AdamW of torch, one kernel a term (torch/optim/adamw.py, _multi_tensor_adamw), and fused; numbers of a tensor's size.
 _ADAMW_NUMBERS, _FUSED_NUMBERS = 20, 7
@@ -123,14 +87,19 @@ def step_work(
     slots: float,
     key_slots: float | None = None,
     moe_path: str = STOCK,
+    graphs: bool = False,
+    num_recomputed: int | None = None,
+    hit_experts: float | None = None,
 ) -> StepWork:
     """Of a step whose micro-batches have `slots` token slots each, padding included.
 
     config: of the model, with the depth and top_k that run. recipe: LLaMA-Factory's keys. key_slots: keys seen, summed
     over the slots of a micro-batch; by default as of equally long queries, where a causal one of n tokens sees n n / 2.
     moe_path: `stock`, experts one after another as transformers does and the study's BlackMamba did; `loop`, the same
-    by this project's code; `grouped`, all experts in one product. A model without experts ignores it. Raises UserError
-    for a model, a recipe, a path or a size that is not modelled.
+    by this project's code; `grouped`, all experts in one product. A model without experts ignores it. Of a decoder's
+    grouped experts: graphs, whether steps are replayed as CUDA graphs; num_recomputed, decoder layers whose forward
+    is run again in backward, None: as the recipe says. hit_experts: of a layer, that get a token; None: as many as
+    uniform routing reaches. Raises UserError for a model, a recipe, a path or a size that is not modelled.
     """
     if moe_path not in MOE_PATHS:
         raise UserError(f"MoE path {moe_path!r} is unknown", cure=f"use one of {', '.join(MOE_PATHS)}")
@@ -141,16 +110,23 @@ def step_work(
         raise UserError(f"{keys:g} keys cannot be seen")
     if model_type(config) == BLACKMAMBA:
         return _blackmamba(config, recipe, slots, keys, moe_path)
-    return _decoder(config, recipe, slots, keys, moe_path)
+    shape = read_decoder(config)
+    if moe_path == GROUPED and shape.num_experts:
+        return _grouped_decoder(shape, recipe, slots, keys, graphs=graphs, num_recomputed=num_recomputed)
+    return _decoder(shape, recipe, slots, keys, hit_experts)
 
 
-def code_of(config: Mapping[str, Any], recipe: Mapping[str, Any], moe_path: str = STOCK) -> str:
-    """Name of the code that a step runs through, whose costs may differ from another's: `mixtral QLoRA, stock`."""
+def code_of(
+    config: Mapping[str, Any], recipe: Mapping[str, Any], moe_path: str = STOCK, *, graphs: bool = False
+) -> str:
+    """Name of the code that a step runs through, whose costs may differ from another's: `mixtral QLoRA, stock`, or
+    `mixtral QLoRA, grouped, graphs`."""
     method = str(recipe.get("finetuning_type", "lora"))
     if method == "lora":
         method = "QLoRA" if recipe.get("quantization_bit") else "LoRA"
     has_experts = any(config.get(key) for key in ("num_local_experts", "num_experts"))
-    return f"{config.get('model_type')} {method}" + (f", {moe_path}" if has_experts else "")
+    how = f", {moe_path}" + (f", {GRAPHS}" if graphs else "") if has_experts else ""
+    return f"{config.get('model_type')} {method}{how}"
 
 
 def num_hit_experts(num_experts: int, top_k: int, slots: float) -> float:
@@ -161,45 +137,98 @@ def num_hit_experts(num_experts: int, top_k: int, slots: float) -> float:
 
 
 def _decoder(
-    config: Mapping[str, Any], recipe: Mapping[str, Any], slots: float, keys: float, moe_path: str
+    shape: Decoder, recipe: Mapping[str, Any], slots: float, keys: float, hit_experts: float | None
 ) -> StepWork:
-    shape = read_decoder(config)
+    """Without experts, or with one after another."""
     setup = read_setup(recipe, shape.linears)
     micro_steps = int(recipe.get("gradient_accumulation_steps", 1))
-    hit = num_hit_experts(shape.num_experts, shape.top_k, slots)
-    flop = train_flop(_decoder_flop(shape, setup), slots, keys, recompute_frac=float(setup.is_checkpointed))
-    layer_launches = (
-        2 * _NORM.in_step(setup)
-        + _ATTENTION.in_step(setup)
-        + _RESIDUALS.in_step(setup)
-        + sum(_linear_launches(linear, setup) for linear in shape.attention)
-        + _mlp_launches(shape, setup, hit, moe_path)
+    hit = num_hit_experts(shape.num_experts, shape.top_k, slots) if hit_experts is None else hit_experts
+    flop = train_flop(
+        _decoder_flop(shape, setup, shape.linears), slots, keys, recompute_frac=float(setup.is_checkpointed)
     )
-    head = shape.width * shape.vocab_size
-    head_bytes = head * (2 * BF16 if setup.is_lora else _trained_bytes(setup))
+    layer_launches = 2 * _NORM.in_step(setup) + _attention_launches(shape, setup) + _mlp_launches(shape, setup, hit)
     layer_bytes = sum(_weight_bytes(linear, setup) * (hit if linear.copies > 1 else 1) for linear in shape.linears)
-    passes = _passes(setup)
-    activation_bytes = (
-        shape.num_layers * slots * passes * _layer_numbers(shape, setup) * setup.compute
-        + slots * shape.vocab_size * _PASSES_LOGITS * FP32
-    )
+    numbers = _attention_numbers(shape, setup) + _mlp_numbers(shape, setup)
+    activation_bytes = shape.num_layers * slots * _passes(setup) * numbers * setup.compute
     num_trained = _num_trained(shape, setup)
     return StepWork(
         launches=micro_steps * (shape.num_layers * layer_launches + _OUTSIDE)
         + _update_launches(num_trained, _num_tensors(shape, setup), setup),
-        weight_bytes=micro_steps * (shape.num_layers * layer_bytes + head_bytes),
+        weight_bytes=micro_steps * (shape.num_layers * layer_bytes + _head_bytes(shape, setup)),
         matmul_flop=micro_steps * flop,
-        activation_bytes=micro_steps * activation_bytes,
+        activation_bytes=micro_steps * (activation_bytes + slots * shape.vocab_size * _PASSES_LOGITS * FP32),
         scan_bytes=0.0,
         optimizer_bytes=_optimizer_bytes(num_trained, setup),
         is_bf16=setup.compute == BF16,
     )
 
 
-def _decoder_flop(shape: Decoder, setup: Setup) -> ForwardFlop:
-    """As flops.lora_forward_flop, for any recipe that Setup describes."""
+def _grouped_decoder(
+    shape: Decoder,
+    recipe: Mapping[str, Any],
+    slots: float,
+    keys: float,
+    *,
+    graphs: bool,
+    num_recomputed: int | None,
+) -> StepWork:
+    setup = read_setup(recipe, shape.linears)
+    if not setup.is_lora:
+        raise UserError(
+            "grouped experts of this model, trained in full, are not modelled",
+            cause="accelerate_moe() takes frozen experts, with or without adapters",
+            cure="use the MoE path stock, or a recipe of LoRA",
+        )
+    recomputed = checked_recomputed(num_recomputed, shape.num_layers, setup)
+    micro_steps = int(recipe.get("gradient_accumulation_steps", 1))
+    others = (*shape.attention, *shape.router)
+    kernels = weight_bytes = decoded = numbers = flop = host = 0.0
+    for num_layers, is_recomputed in ((recomputed, True), (shape.num_layers - recomputed, False)):
+        each = replace(setup, is_checkpointed=is_recomputed)
+        experts = grouped_experts(shape, each, slots)
+        router = _ROUTER.in_step(each) + sum(_linear_launches(linear, each) for linear in shape.router)
+        kernels += num_layers * (2 * norm_kernels(each) + _attention_launches(shape, each) + router + experts.kernels)
+        weight_bytes += num_layers * (experts.weight_bytes + sum(_weight_bytes(linear, each) for linear in others))
+        decoded += num_layers * experts.decoded
+        grouped_norms = 2 * _PASSES_FUSED_NORM * shape.width
+        of_slots = _attention_numbers(shape, each) - 2 * _PASSES_NORM * shape.width + grouped_norms
+        numbers += num_layers * (slots * _passes(each) * of_slots + experts.activation_numbers)
+        rest = (
+            train_flop(_decoder_flop(shape, each, others), slots, keys, recompute_frac=float(is_recomputed))
+            / shape.num_layers
+        )
+        flop += num_layers * (rest + experts.flop)
+        host += num_layers * experts.host_launches
+    kernels += _OUTSIDE
+    num_trained, num_tensors = _num_trained(shape, setup), _num_tensors(shape, setup)
+    update = _update_launches(num_trained, num_tensors, setup) + _LAUNCHES_A_TENSOR * num_tensors
+    launches = _LAUNCHES_AROUND + (0.0 if graphs else kernels + host)
+    return StepWork(
+        launches=micro_steps * launches + update,
+        weight_bytes=micro_steps * (weight_bytes + _head_bytes(shape, setup)),
+        matmul_flop=micro_steps * flop,
+        activation_bytes=micro_steps * (numbers * setup.compute + slots * shape.vocab_size * _PASSES_LOGITS * FP32),
+        scan_bytes=0.0,
+        optimizer_bytes=_optimizer_bytes(num_trained, setup),
+        is_bf16=setup.compute == BF16,
+        graph_kernels=micro_steps * kernels if graphs else 0.0,
+        decoded_weights=micro_steps * decoded,
+    )
+
+
+def checked_recomputed(num_recomputed: int | None, num_layers: int, setup: Setup) -> int:
+    """Layers that are recomputed; None: all or none, as the recipe says. Raises UserError for a number that is none."""
+    if num_recomputed is None:
+        return num_layers if setup.is_checkpointed else 0
+    if not 0 <= num_recomputed <= num_layers:
+        raise UserError(f"{num_recomputed} of {num_layers} layers cannot be recomputed")
+    return num_recomputed if setup.is_checkpointed else 0
+
+
+def _decoder_flop(shape: Decoder, setup: Setup, linears: Iterable[Linear]) -> ForwardFlop:
+    """As flops.lora_forward_flop, for any recipe that Setup describes, and some of a layer's linears."""
     frozen = trained = 0.0
-    for linear in shape.linears:
+    for linear in linears:
         runs = shape.top_k if linear.copies > 1 else 1
         if setup.is_lora:
             frozen += 2.0 * runs * linear.num_weights
@@ -224,13 +253,17 @@ def _linear_launches(linear: Linear, setup: Setup) -> float:
     return base.in_step(setup) + (_LORA.in_step(setup) if setup.is_adapted(linear) else 0)
 
 
-def _mlp_launches(shape: Decoder, setup: Setup, hit: float, moe_path: str) -> float:
+def _attention_launches(shape: Decoder, setup: Setup) -> float:
+    """With the layer's residuals."""
+    linears = sum(_linear_launches(linear, setup) for linear in shape.attention)
+    return _ATTENTION.in_step(setup) + _RESIDUALS.in_step(setup) + linears
+
+
+def _mlp_launches(shape: Decoder, setup: Setup, hit: float) -> float:
     of_mlp = sum(_linear_launches(linear, setup) for linear in shape.mlp) + _GATED.in_step(setup)
     if not shape.num_experts:
         return of_mlp
     router = _ROUTER.in_step(setup) + sum(_linear_launches(linear, setup) for linear in shape.router)
-    if moe_path == GROUPED:
-        return router + of_mlp + _GROUPED_DISPATCH.in_step(setup)
     return router + hit * (of_mlp + _DISPATCH.in_step(setup))
 
 
@@ -253,16 +286,27 @@ def _passes(setup: Setup) -> float:
     return (2 if setup.is_checkpointed else 1) + _BACKWARD_OVER_FORWARD
 
 
-def _layer_numbers(shape: Decoder, setup: Setup) -> float:
-    """Numbers that one slot moves in one forward of one layer, in the dtype of the matmuls."""
+def _attention_numbers(shape: Decoder, setup: Setup) -> float:
+    """Numbers that one slot moves in one forward of one layer, in the dtype of the matmuls: norms, attention, adapters
+    of attention and router."""
     attention_width = 2 * (shape.heads + shape.kv_heads) * shape.head_width
     numbers = 2 * _PASSES_NORM * shape.width + _PASSES_ATTENTION * (attention_width + shape.width) / 2
+    return numbers + _adapter_numbers((*shape.attention, *shape.router), setup)
+
+
+def _mlp_numbers(shape: Decoder, setup: Setup) -> float:
+    """Likewise of the MLP or the experts."""
     dispatched = _PASSES_DISPATCH * shape.width if shape.num_experts else 0
-    numbers += shape.top_k * (_PASSES_GATED * shape.mlp_width + dispatched)
-    for linear in shape.linears:
-        if setup.is_adapted(linear):
-            numbers += _PASSES_LORA * linear.out_width * (shape.top_k if linear.copies > 1 else 1)
-    return numbers
+    inside = _PASSES_GATED * shape.mlp_width + dispatched + _adapter_numbers(shape.mlp, setup)
+    return shape.top_k * inside
+
+
+def _adapter_numbers(linears: Iterable[Linear], setup: Setup) -> float:
+    return float(sum(_PASSES_LORA * linear.out_width for linear in linears if setup.is_adapted(linear)))
+
+
+def _head_bytes(shape: Decoder, setup: Setup) -> float:
+    return shape.width * shape.vocab_size * (2.0 * BF16 if setup.is_lora else _trained_bytes(setup))
 
 
 def _num_trained(shape: Decoder, setup: Setup) -> float:

@@ -42,9 +42,9 @@ def print_estimate(
         found = answer(model, data, **asked)
         _print(rows(found), format, lambda: estimate_text(found))
         return any(each.hours is not None for each in found.estimates)
-    ours_only = ("top_k", "recipe", "moe_path", "calibrate", "step_times")
+    ours_only = ("top_k", "recipe", "moe", "graphs", "recompute", "calibrate", "step_times")
     if refused := [name for name in ours_only if asked.pop(name, None) is not None]:
-        names = ", ".join("--" + name.removesuffix("_path").replace("_", "-") for name in refused)
+        names = ", ".join("--" + name.replace("_", "-") for name in refused)
         raise UserError(f"the paper's method knows no {names}", cure="drop it, or use --method ours")
     from tunescope.cost.estimate_paper import paper_records, paper_rows
     from tunescope.report.estimate_paper import paper_text
@@ -198,7 +198,8 @@ def _why(found: Answer, explained: Estimate, fitting: Sequence[Estimate]) -> lis
     accumulates = int(run.recipe.get("gradient_accumulation_steps", 1)) > 1
     cut = f"{run.num_cut:,} of {run.num_queries_of_data:,} queries are longer and cut" if run.num_cut else "none is cut"
     lines = [
-        f"Model: {_what(run)}, MoE path {run.model.moe_path}; {_recipe_text(run.recipe)}."
+        f"Model: {_what(run)}, MoE path {run.model.moe_path}{', replayed as CUDA graphs' if explained.graphs else ''}; "
+        f"{_recipe_text(run.recipe)}."
         if run.model.num_experts
         else f"Model: {_what(run)}; {_recipe_text(run.recipe)}.",
         f"Data: {lengths.source}; {lengths.num_queries:,} queries and {lengths.total_tokens:,} tokens an epoch, times "
@@ -209,12 +210,20 @@ def _why(found: Answer, explained: Estimate, fitting: Sequence[Estimate]) -> lis
     ]
     lines += [line for each in fitting if (line := _papers_batch(run, each))]
     lines += [line for each in fitting if (line := _other_batch(each))]
+    lines += [line for each in fitting if (line := _recomputed(each))]
+    if eager := [each.device.name for each in fitting if run.graphs and not each.graphs]:
+        lines.append(
+            f"{', '.join(eager)}: steps cannot be replayed as CUDA graphs there, for torch's grouped matmul goes "
+            "expert by expert and waits for the host. That waiting is not counted."
+        )
     lines += _calibration(found, fitting)
     bases = dict.fromkeys(each.step.basis for each in fitting if each.step is not None)
     shown = [basis for basis in bases if basis == (explained.step.basis if explained.step else "")]
     lines.append(f"Time on {explained.device.name} rests on {shown[0]}. An interval is of 90 %, and of the whole run.")
     if any(each.step is not None and each.step.is_extrapolated for each in fitting):
-        lines.append(f"{_EXTRAPOLATED}: nothing was ever measured on that GPU, or of this way of training it.")
+        lines.append(
+            f"{_EXTRAPOLATED}: nothing was ever measured on that GPU, or too little of this way of training it."
+        )
     for each in fitting:
         beyond = each.step.slots_over_measured if each.step else None
         if beyond is not None and beyond > _FAR_BEYOND_MEASURED:
@@ -241,6 +250,16 @@ def _other_batch(each: Estimate) -> str | None:
             "less. It also makes more optimizer steps of an epoch."
         )
     return None
+
+
+def _recomputed(each: Estimate) -> str | None:
+    if each.num_recomputed is None:
+        return None
+    num_layers = each.run.model.config["num_hidden_layers"]
+    return (
+        f"{each.device.name}: {each.num_recomputed} of {num_layers} layers must be recomputed in backward so that "
+        f"batch {each.batch_size} of the longest queries fits; the others keep their activations."
+    )
 
 
 def _calibration(found: Answer, fitting: Sequence[Estimate]) -> list[str]:

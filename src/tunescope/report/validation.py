@@ -163,6 +163,7 @@ def constants_text(fit: Fit) -> str:
     costs = fit.costs
     shared = [
         ["us a launch", f"{costs.pop('launches'):.1f}"],
+        ["us a kernel of a CUDA graph", f"{costs.pop('kernels'):.1f}"],
         *([f"1 / part of the peak: {name}", f"{cost:.2f}"] for name, cost in costs.items()),
         ["p: 1 adds host and GPU, infinity overlaps them wholly", f"{fit.overlap_exponent:.2f}"],
     ]
