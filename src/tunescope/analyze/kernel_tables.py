@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from tunescope import results
-from tunescope.analyze.kernels import COUNTED, TIME_WEIGHTED, VALUES, KernelPoint
+from tunescope.analyze.kernels import NCU_OVER_TRACE, TIME_WEIGHTED, VALUES, KernelPoint
 from tunescope.analyze.latency import KEY, key_columns, latency_point
 from tunescope.analyze.points import Row, rows_and_frames
 from tunescope.config import NCU
@@ -22,15 +22,15 @@ LAUNCHERS = "./mixtral_pf.sh or ./mamba_pf.sh"
 POINT_COLUMNS = (
     *KEY, "status", "cause", "clock", "moe", "scan", "compute_dtype", "torch", "is_papers_model", "source", "op_part",
     "ncu_version", "ncu_s", "ncu_why_not", "num_sampled", "covered_frac", "sm_clock_hz", "dram_clock_hz",
-    "ncu_over_trace_time",
+    "num_unmatched", NCU_OVER_TRACE, "busy_ns",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class KernelTables:
-    """points: one row a point. operators: KEY, label, phase, kernels.FACTS, kernels.VALUES with _spread, and the
-    paper's value of each metric that it has; per phase, and over the phases asked for as phase `all`, where
-    TIME_WEIGHTED is a row, too."""
+    """points: one row a point; busy_ns: the part's GPU time in one step, of the phases asked for. operators: KEY,
+    label, phase, kernels.FACTS, kernels.VALUES with _spread, and the paper's value of each metric that it has;
+    per phase, and over the phases asked for as phase `all`, where TIME_WEIGHTED is a row, too."""
 
     points: pd.DataFrame
     operators: pd.DataFrame
@@ -82,7 +82,9 @@ def _tables_of_point(found: results.PointFolder, phases: tuple[str, ...]) -> Row
         **{name: found.outcome.get(name) for name in ("ncu_version", "ncu_s", "ncu_why_not")},
         **{name: total.get(name, np.nan) for name in ("num_sampled", "covered_frac", "sm_clock_hz", "dram_clock_hz")},
         "roofline_device": device.name if device else None,
-        "ncu_over_trace_time": ncu_over_trace_time(point) if total["source"] == COUNTED else np.nan,
+        NCU_OVER_TRACE: total.get(NCU_OVER_TRACE, np.nan),
+        "num_unmatched": point.num_unmatched if point.is_counted else np.nan,
+        "busy_ns": point.busy_ns(phases),
     }
     return row | {"operators": operators}
 
@@ -105,23 +107,17 @@ def weighted(cells: pd.DataFrame) -> dict[str, float]:
         row["num_sampled"] = float(cells["num_sampled"].sum())
         covered_ns = (cells["covered_frac"].fillna(0) * cells["busy_ns"]).sum()
         row["covered_frac"] = float(covered_ns / row["busy_ns"]) if row["busy_ns"] else np.nan
-    for name in VALUES:
-        has = cells[name].notna() & (cells["busy_ns"] > 0)
+    means = [name for name in (NCU_OVER_TRACE, *VALUES) if name in cells]
+    for name in means:
+        weights = cells["busy_ns"]
+        if name == NCU_OVER_TRACE:  # of kinds looked into alone
+            weights = weights * cells["covered_frac"]
+        has = cells[name].notna() & (weights > 0)
         if not has.any():
             row[name] = np.nan
             continue
-        row[name] = float(np.average(cells.loc[has, name], weights=cells.loc[has, "busy_ns"]))
+        row[name] = float(np.average(cells.loc[has, name], weights=weights[has]))
         if f"{name}_spread" in cells:
             squares = cells.loc[has, f"{name}_spread"] ** 2 + (cells.loc[has, name] - row[name]) ** 2
             row[f"{name}_spread"] = float(np.sqrt(np.average(squares, weights=cells.loc[has, "busy_ns"])))
     return row
-
-
-def ncu_over_trace_time(point: KernelPoint) -> float:
-    """Mean duration of a launch by ncu over that by the trace, each kind weighted by its time: near 1, or the two do
-    not speak of the same kernels. ncu empties the caches before each replay, and holds no clock unless told to."""
-    kinds = point.kinds()
-    means_ns = point.sampled.groupby(["phase", "path", "name"], sort=False)["duration_ns"].mean()
-    merged = kinds.merge(means_ns.rename("ncu_ns").reset_index(), how="inner", on=["phase", "path", "name"])
-    trace_ns = merged["busy_ns"] / merged["num_launches"]
-    return float(np.average(merged["ncu_ns"] / trace_ns, weights=merged["busy_ns"])) if len(merged) else np.nan

@@ -31,8 +31,12 @@ COUNTED, MODELLED = "ncu", "modelled"
 TIME_WEIGHTED = "time_weighted"
 KIND = ["phase", "path", "name"]
 # What a row of a table has besides metrics.
-FACTS = ("busy_ns", "num_launches", "mean_launch_ns", "num_sampled", "covered_frac", "share_frac", "source")
+NCU_OVER_TRACE = "ncu_over_trace_time"
+FACTS = (
+    "busy_ns", "num_launches", "mean_launch_ns", "num_sampled", "covered_frac", "share_frac", "source", NCU_OVER_TRACE,
+)  # fmt: skip
 VALUES = tuple(name for name in METRICS if name != DURATION_NS)
+_TWINS = {"forward": "recompute", "recompute": "forward"}
 _LEAST_LAUNCH_NS = 2_000.0  # of a kernel that does nothing
 
 
@@ -92,14 +96,35 @@ class KernelPoint(LatencyPoint):
             found.setdefault((phase, path, function_of(name)), set()).add(name)
         return {place: next(iter(names)) for place, names in found.items() if len(names) == 1}
 
+    def busy_ns(self, phases: tuple[str, ...]) -> float:
+        """GPU time of the part in one step, straight from the trace; NaN where it has no GPU."""
+        work = self.attribution.work
+        inside = (work["part"] == self.op_part) & (work["layer"] >= 0) & work["phase"].isin(phases)
+        total_ns = float(work.loc[inside, "duration_ns"].sum()) / self.attribution.num_steps
+        return total_ns if self.attribution.on_gpu else np.nan
+
     def kinds(self) -> pd.DataFrame:
-        """The rows of `launches`, with num_sampled, and mean and standard deviation of each of VALUES over samples."""
+        """The rows of `launches`, with num_sampled, is_covered, and mean and variance over samples of DURATION_NS and
+        each of VALUES. Forward and its recompute launch the same kernels on the same shapes: where only one of them was
+        looked into, the other's row has its values, is covered, and has 0 samples."""
         groups = self.sampled.groupby(KIND, sort=False)
         found = groups.size().rename("num_sampled").to_frame()
-        for name in VALUES:
+        for name in (DURATION_NS, *VALUES):
             found[name] = groups[name].mean()
             found[f"{name}_var"] = groups[name].var(ddof=0)
-        return self.launches.merge(found.reset_index(), how="left", on=KIND).fillna({"num_sampled": 0})
+        found = found.reset_index()
+        twins = found[found["phase"].isin(list(_TWINS))].assign(num_sampled=0)
+        twins = twins.assign(phase=twins["phase"].map(_TWINS))
+        found = pd.concat([found, twins], ignore_index=True).drop_duplicates(KIND, keep="first")
+        kinds = self.launches.merge(found, how="left", on=KIND)
+        return kinds.assign(is_covered=kinds["num_sampled"].notna()).fillna({"num_sampled": 0})
+
+    @property
+    def num_unmatched(self) -> int:
+        """Launches that ncu looked into, and that the trace does not have at their place. Where the library chooses
+        another kernel under ncu, or torch another operator."""
+        found = self.sampled.merge(self.launches[KIND], how="left", on=KIND, indicator=True)
+        return int((found["_merge"] == "left_only").sum())
 
     def operators(self) -> pd.DataFrame:
         """label, phase, FACTS and VALUES with their spread, a row for each operator in each phase."""
@@ -156,15 +181,19 @@ def combined(kinds: pd.DataFrame) -> dict[str, float]:
     """One row out of several kinds: sums of what adds up, and of each metric the mean over time.
 
     NaN where none of the kinds was looked into. spread: standard deviation over the launches looked into, each kind
-    weighted by its time.
+    weighted by its time. NCU_OVER_TRACE: mean duration of a launch by ncu over that by the trace: 1, or more of what is
+    short, as ncu empties the caches before each replay; where they are far apart they speak of different kernels.
     """
     busy_ns = float(kinds["busy_ns"].sum())
     row = {
         "busy_ns": busy_ns,
         "num_launches": float(kinds["num_launches"].sum()),
         "num_sampled": float(kinds["num_sampled"].sum()),
-        "covered_frac": float(kinds.loc[kinds["num_sampled"] > 0, "busy_ns"].sum()) / busy_ns if busy_ns else np.nan,
+        "covered_frac": float(kinds.loc[kinds["is_covered"], "busy_ns"].sum()) / busy_ns if busy_ns else np.nan,
     }
+    timed = kinds[kinds[DURATION_NS].notna() & (kinds["busy_ns"] > 0)]
+    ratios = timed[DURATION_NS] * timed["num_launches"] / timed["busy_ns"]
+    row[NCU_OVER_TRACE] = float(np.average(ratios, weights=timed["busy_ns"])) if len(timed) else np.nan
     for name in VALUES:
         has = kinds[name].notna() & (kinds["busy_ns"] > 0)
         weights, values = kinds.loc[has, "busy_ns"], kinds.loc[has, name]

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tunescope import latency_files as files
 from tunescope import results
 from tunescope.families import find_family
 from tunescope.measure.plan import PointSpec
 from tunescope.measure.worker import limit_threads
 from tunescope.ncu.counters import SAMPLING_FILE
+from tunescope.ncu.op_costs import op_costs
 from tunescope.train.forkserver import die_with_parent
 
 TASK_FILE = "ncu_task.pickle"  # written by this project's launcher for this run alone
@@ -43,8 +45,10 @@ def main(work_dir: Path) -> None:
     from tunescope.train.engine import run_workload
 
     limit_threads(spec)
+    trace = work_dir / files.EVENTS_FILE  # of the run without ncu, which was there first
+    costs = op_costs(results.read_arrow(trace, files.EVENTS_SCHEMA)) if trace.is_file() else {}
     sampled = SampledStep(
-        part_filter(spec.workload.point.model, MOE, settings.layers), settings.phases, settings.max_launches
+        part_filter(spec.workload.point.model, MOE, settings.layers), settings.phases, settings.max_launches, costs
     )
     scratch_dir = work_dir / SCRATCH
     try:

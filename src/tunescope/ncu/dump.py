@@ -25,8 +25,9 @@ def rows_of(path: str) -> list[dict[str, Any]]:
 
 def _row(action: Any) -> dict[str, Any]:
     mangled = action.name(action.NameBase_MANGLED)
-    kernel = demangled(mangled) or action.name(action.NameBase_DEMANGLED)
-    row: dict[str, Any] = {"kernel": kernel, "mangled": mangled, "ranges": _ranges(action)}
+    if not mangled:  # so the reader answers of a report that was cut off
+        raise ValueError("a launch in it has no kernel")
+    row: dict[str, Any] = {"kernel": demangled(mangled) or mangled, "mangled": mangled, "ranges": _ranges(action)}
     for column, name in (METRICS | LAUNCH_METRICS).items():
         try:
             metric = action.metric_by_name(name)

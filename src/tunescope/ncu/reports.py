@@ -136,13 +136,19 @@ def _is_head(line: str) -> bool:
 def rows_of_csv(text: bytes) -> list[dict[str, Any]]:
     """Rows of COUNTERS_SCHEMA from ncu's raw page: a line of names, one of units (not of every release), one a launch.
 
-    Kernels are taken to be printed by the names that the compiler gave them.
+    Kernels are taken to be printed by the names that the compiler gave them. ncu prints percentages and clocks to two
+    decimals: the package has all their digits. Raises UserError for a text that was cut off or is damaged.
     """
     lines = text.decode(errors="replace").split("\n")
     start = next((number for number, line in enumerate(lines) if _is_head(line)), None)
     if start is None:
         return []
-    rows = [row for row in csv.reader(io.StringIO("\n".join(lines[start:]), newline="")) if row]
+    if lines[-1]:  # a line without its end may lack digits, too
+        raise UserError("ncu's CSV ends within a line", cause="it was cut off")
+    try:
+        rows = [row for row in csv.reader(io.StringIO("\n".join(lines[start:]), newline="")) if row]
+    except csv.Error as error:
+        raise UserError(f"ncu's CSV cannot be read: {error}", cause="it is damaged") from None
     names, rows = rows[0], rows[1:]
     units = [""] * len(names)
     if rows and not rows[0][0]:
@@ -176,8 +182,9 @@ def _row_of_csv(cells: dict[str, tuple[str, str]]) -> dict[str, Any]:
 def ranges_of_csv(cells: dict[str, tuple[str, str]]) -> list[str]:
     """Names of the push/pop ranges, outermost first.
 
-    ncu prints them as `thread  "domain:name:none:none:none:none:none:none"  "domain:..."`, the six fields after the
-    name being a range's payload, colour and message; other releases a range a line.
+    ncu 2025.3.1 prints them as `1936  "<default domain>:name:none:none:none:none:none:none"  "CCCL:cub::Sort:..." `: a
+    thread, and of each range its domain, name, payload, colour and message, without escaping the colons of any. Other
+    releases may print a range a line.
     """
     names: list[str] = []
     for column, (text, _) in cells.items():
@@ -188,7 +195,14 @@ def ranges_of_csv(cells: dict[str, tuple[str, str]]) -> list[str]:
     return names
 
 
+# Domain, name, types and values of payload and colour, type and text of the message; a registered name is its message.
+_RANGE = re.compile(r"[^:]*:(?P<name>.+):\w*:[^:]*:\w*:[^:]*:\w*:(?:none|(?P=name))")
+
+
 def _name_of_range(text: str) -> str:
-    text = re.sub(r"^(?:\d+\s+)?<default domain>:", "", text.strip())
+    text = text.strip()
+    if match := _RANGE.fullmatch(text):
+        return match["name"]
+    text = re.sub(r"^(?:\d+\s+)?<default domain>:", "", text)
     fields = text.split(":")
     return ":".join(fields[:-6]) if len(fields) > 6 else text

@@ -7,7 +7,7 @@ from tunescope.errors import UserError
 
 PHASES = ("forward", "recompute", "backward")
 CLOCK_CONTROLS, CACHE_CONTROLS = ("none", "base"), ("all", "none")
-DEFAULT_MAX_LAUNCHES = 120
+DEFAULT_MAX_LAUNCHES = 60
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from tunescope import paper, results
 from tunescope.analyze.kernel_tables import ALL, KernelTables, kernel_tables
-from tunescope.analyze.kernels import COUNTED, TIME_WEIGHTED, VALUES
+from tunescope.analyze.kernels import COUNTED, NCU_OVER_TRACE, TIME_WEIGHTED, VALUES
 from tunescope.analyze.points import UNREADABLE
 from tunescope.errors import UserError
 from tunescope.families import find_family
@@ -91,6 +91,7 @@ def utilization_text(tables: KernelTables, figure: Figure, phase: str = ALL, *, 
         blocks.append(f"Kernels behind it, {where}\n\n{_details_table(cells, group, figure, labels)}")
         blocks.append(_details_notes(cells))
         blocks.append(f"How it was counted\n\n{_quality_table(group)}")
+        blocks.append(_checks(tables.operators, group, figure, phase))
         blocks.append(_quality_notes(group))
     others = points[points["status"] != "ok"]
     if not others.empty:
@@ -143,7 +144,18 @@ def _cell(cells: pd.DataFrame, row: dict[str, Any], label: str) -> dict[str, Any
 
 def _details_table(cells: pd.DataFrame, group: pd.DataFrame, figure: Figure, labels: list[str]) -> str:
     with_paper = cells["paper_kernel_us"].notna().any()
-    header = ["operator", "point", "us each", "launches", "share %", "counted", "of its time %", "spread", "source"]
+    header = [
+        "operator",
+        "point",
+        "us each",
+        "launches",
+        "share %",
+        "counted",
+        "of its time %",
+        "spread",
+        "ncu / trace",
+        "source",
+    ]
     if with_paper:
         header.insert(3, "paper us")
     rows = []
@@ -161,6 +173,7 @@ def _details_table(cells: pd.DataFrame, group: pd.DataFrame, figure: Figure, lab
                 number(cell.get("num_sampled")),
                 number(100 * cell["covered_frac"]) if pd.notna(cell.get("covered_frac")) else "-",
                 number(cell.get(f"{figure.metric}_spread")),
+                number(cell.get(NCU_OVER_TRACE)),
                 str(cell["source"]),
             ]
             if with_paper:
@@ -189,13 +202,36 @@ def _quality_table(group: pd.DataFrame) -> str:
             number(row["ncu_s"]),
             number(row["num_sampled"]),
             number(100 * row["covered_frac"]) if pd.notna(row["covered_frac"]) else "-",
-            number(row["ncu_over_trace_time"]),
+            number(row[NCU_OVER_TRACE]),
             number(row["sm_clock_hz"] / 1e6) if pd.notna(row["sm_clock_hz"]) else "-",
             number(row["dram_clock_hz"] / 1e6) if pd.notna(row["dram_clock_hz"]) else "-",
         ]
         for row in records(group)
     ]
     return text_table(header, rows, left_columns=3)
+
+
+def _checks(operators: pd.DataFrame, group: pd.DataFrame, figure: Figure, phase: str) -> str:
+    """What must agree, from the rows of each operator in each phase: a difference is a fault of the program."""
+    phases = PHASES if phase == ALL else (phase,)
+    lines = []
+    for row in records(group):
+        cells = operators[operators["folder"] == row["folder"]]
+        rows = cells[cells["phase"].isin(phases)]
+        shown = cells.loc[(cells["phase"] == ALL) & (cells["label"] == TIME_WEIGHTED), figure.metric].iloc[0]
+        known = rows[rows[figure.metric].notna()]
+        line = f"Check of {_bar(row)}: "
+        if pd.notna(row["busy_ns"]):
+            line += (
+                f"rows add up to {rows['busy_ns'].sum() / 1e6:.3f} ms a step, the trace has {row['busy_ns'] / 1e6:.3f}"
+            )
+            line += " of this part; "
+        again = (known[figure.metric] * known["busy_ns"]).sum() / known["busy_ns"].sum() if len(known) else float("nan")
+        line += f"{TIME_WEIGHTED} from the rows {number(again)}, shown {number(shown)}"
+        if pd.notna(row["num_unmatched"]) and row["num_unmatched"]:
+            line += f"; {row['num_unmatched']:.0f} launches that ncu looked into are not in the trace at their place"
+        lines.append(f"{line}.")
+    return _wrapped(lines)
 
 
 def _figure_notes(group: pd.DataFrame, figure: Figure) -> str:
@@ -222,8 +258,9 @@ def _details_notes(cells: pd.DataFrame) -> str:
     return _wrapped(
         [
             "us each, launches: of one step, from the trace. share: of this part's time. counted: launches that ncu "
-            "looked into; of its time: what share of the row's time is of kinds with at least one of them. spread: "
-            "standard deviation over counted launches, weighted alike.",
+            "looked into; of its time: what share of the row's time is of kinds with at least one of them, where "
+            "forward and its recompute stand for each other. spread: standard deviation over counted launches, "
+            "weighted alike. ncu / trace: mean duration of a launch by ncu over that by the trace.",
         ]
     )
 
