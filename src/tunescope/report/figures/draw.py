@@ -17,7 +17,7 @@ from tunescope.report.figures.chart import BARS, LINES, NOT_MEASURED, SCATTER, S
 from tunescope.report.text import number
 
 BAR_IN, GROUP_GAP_IN, PLOT_IN = 0.125, 0.09, 2.0
-_TITLE_CHARS, _LABEL_CHARS = 54, 34
+_TITLE_CHARS, _LABEL_CHARS = 54, 46
 _CHAR_IN, _LINE_IN, _LEGEND_ROW_IN = 0.05, 0.125, 0.14
 _MAX_NAMED = 6  # marks of a panel that wear their name; all have it on hover
 _MISSING_FRAC = 0.05  # width of the empty box that stands where a number is missing, of the axes' width
