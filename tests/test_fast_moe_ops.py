@@ -12,6 +12,7 @@ from helpers_compile import accesses, compile_kernel, output_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunescope.kernels import frozen_norm, rotary
 from tunescope.models import fast_moe_ops as ops
 
 sizes = st.tuples(st.integers(1, 9), st.sampled_from([1, 8, 64, 1025, 1536]), st.integers(0, 2**31))
@@ -72,20 +73,29 @@ def test_rows_of_a_token_are_added_up(case: tuple[int, int, int], top_k: int, ha
 
 # Widths of Mixtral-8x7B and Qwen3-30B-A3B: the latter's 768 are no whole block.
 VARIANTS = {
-    "act": ("gated_silu_kernel", {"F": 14336, "ROW": 28672, "ROW_OUT": 14352, "BLOCK_F": 1024}),
-    "act backward": ("gated_silu_backward_kernel", {"F": 14336, "ROW": 28672, "ROW_OUT": 28704, "BLOCK_F": 1024}),
-    "act backward, narrow": ("gated_silu_backward_kernel", {"F": 768, "ROW": 768, "ROW_OUT": 768, "BLOCK_F": 1024}),
-    "combine": ("gather_sum_kernel", {"D": 4096, "K": 2, "HAS_WEIGHT": True, "BLOCK_D": 512}),
-    "add up": ("gather_sum_kernel", {"D": 2048, "K": 8, "HAS_WEIGHT": False, "BLOCK_D": 512}),
+    "rotary": (rotary, "rotate_kernel", {"H": 32, "HALF": 64, "BLOCK_H": 32, "BLOCK_HALF": 64, "IS_BACKWARD": False}),
+    "rotary back": (rotary, "rotate_kernel", {"H": 8, "HALF": 64, "BLOCK_H": 8, "BLOCK_HALF": 64, "IS_BACKWARD": True}),
+    "norm": (frozen_norm, "forward_kernel", {"D": 4096, "BLOCK_D": 4096}),
+    "norm back": (frozen_norm, "backward_kernel", {"D": 2048, "BLOCK_D": 2048}),
+    "act": (ops, "gated_silu_kernel", {"F": 14336, "ROW": 28672, "ROW_OUT": 14352, "BLOCK_F": 1024}),
+    "act backward": (ops, "gated_silu_backward_kernel", {"F": 14336, "ROW": 28672, "ROW_OUT": 28704, "BLOCK_F": 1024}),
+    "act backward, narrow": (
+        ops,
+        "gated_silu_backward_kernel",
+        {"F": 768, "ROW": 768, "ROW_OUT": 768, "BLOCK_F": 1024},
+    ),
+    "combine": (ops, "gather_sum_kernel", {"D": 4096, "K": 2, "HAS_WEIGHT": True, "BLOCK_D": 512}),
+    "add up": (ops, "gather_sum_kernel", {"D": 2048, "K": 8, "HAS_WEIGHT": False, "BLOCK_D": 512}),
 }
 
 
 def compile_all() -> dict[str, dict[str, Any]]:
     found = {}
-    for name, (kernel_name, constants) in VARIANTS.items():
-        kernel = getattr(ops, kernel_name)
+    for name, (module, kernel_name, constants) in VARIANTS.items():
+        kernel = getattr(module, kernel_name)
+        types = {"row_ptr": "*i64", "rstd_ptr": "*fp32", "eps": "fp32"} | dict.fromkeys(constants, "constexpr")
         signature = {
-            argument: "constexpr" if argument in constants else "*i64" if argument == "row_ptr" else "*bf16"
+            argument: types.get(argument, "*bf16" if argument.endswith("_ptr") else "i32")
             for argument in kernel.arg_names
         }
         for capability in (80, 90):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from helpers_fast_moe import FAMILIES, blocks, build
 from torch import Tensor
-from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, apply_rotary_pos_emb
 
 from tunescope import accelerate_moe
 from tunescope.kernels.frozen_norm import frozen_rms_norm
+from tunescope.kernels.rotary import rotate
 from tunescope.models import fast_moe_ops as ops
 
 pytestmark = pytest.mark.gpu
@@ -123,6 +124,22 @@ def test_the_norm_rounds_where_transformers_rounds(shape: tuple[int, int], weigh
     assert our_y.dtype == y.dtype
     assert (our_y != y).float().mean() < 0.01  # a sum in another order may round otherwise
     assert (our_dx.float() - dx.float()).norm() <= 4e-3 * dx.float().norm()
+
+
+@pytest.mark.parametrize("heads", [4, 32])
+def test_rotary_is_transformers_up_to_its_roundings(heads: int) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x, dy = (torch.randn(3, 77, heads, 128, device=DEVICE, generator=generator).bfloat16() for _ in range(2))
+    angle = torch.randn(1, 77, 64, device=DEVICE, generator=generator).repeat(1, 1, 2)
+    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    found = []
+    for function in (lambda q: apply_rotary_pos_emb(q, q, cos, sin)[0], lambda q: rotate(q, cos, sin)):
+        leaf = x.transpose(1, 2).detach().requires_grad_()
+        y = function(leaf)
+        y.backward(dy.transpose(1, 2))
+        found.append((y.detach().float(), leaf.grad.float()))
+    for stock, ours in zip(*found, strict=True):
+        assert (ours - stock).norm() <= 6e-3 * stock.norm()
 
 
 def test_replayed_steps_are_the_steps() -> None:

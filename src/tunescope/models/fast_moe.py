@@ -23,6 +23,7 @@ from tunescope.models.fast_moe_linears import compute_dtype, read_linears
 from tunescope.models.fast_moe_recompute import StepMemory, layers_to_recompute, set_checkpointed
 from tunescope.models.fast_moe_stacks import ExpertStacks
 from tunescope.models.fast_norms import fuse_norms, unfuse_norms
+from tunescope.models.fast_rotary import fuse_rotary, unfuse_rotary
 from tunescope.models.step_graphs import StepGraphs
 
 
@@ -52,12 +53,15 @@ class AcceleratedMoe:
     def __init__(self, blocks: list["_GroupedBlock"], layers: list[Any], checkpointed: tuple[int, ...] | None) -> None:
         self._blocks = blocks
         self._norms: list[nn.Module] = []
+        self._attentions: list[nn.Module] = []
         self._switched = [] if checkpointed is None else set_checkpointed(layers, checkpointed)
         self.num_blocks = len(blocks)
         self.checkpointed_layers = tuple(i for i, layer in enumerate(layers) if layer.gradient_checkpointing)
 
-    def fuse_norms(self, model: nn.Module) -> None:
+    def fuse_the_rest(self, model: nn.Module) -> None:
+        """What is no expert's."""
         self._norms = fuse_norms(model)
+        self._attentions = fuse_rotary(model)
 
     def restore(self) -> None:
         """The stock forward, checkpointing and memory layout again, with the weights as trained. Safe to call twice."""
@@ -67,7 +71,8 @@ class AcceleratedMoe:
             block.detach()
         self._blocks = []
         unfuse_norms(self._norms)
-        self._norms = []
+        unfuse_rotary(self._attentions)
+        self._norms, self._attentions = [], []
         for layer, was_checkpointed in self._switched:
             layer.gradient_checkpointing = was_checkpointed
         self._switched = []
@@ -93,7 +98,7 @@ def accelerate_moe(
 
     graphs: whether training steps on a GPU are replayed as CUDA graphs; what that changes is in StepGraphs.
 
-    Norms whose weights are frozen are computed in one launch each.
+    Norms whose weights are frozen, and rotary embeddings, are computed in one launch each.
 
     The experts' matmuls, adapters included, run in the dtype that the stock base linears would multiply in. An expert
     without a token in a batch gets gradients of zeros, where the stock path leaves None: finding out which would make
@@ -131,7 +136,7 @@ def accelerate_moe(
             done.detach()
         raise
     accelerated = AcceleratedMoe(blocks, layers, checkpointed)
-    accelerated.fuse_norms(model)
+    accelerated.fuse_the_rest(model)
     if graphs and _is_on_gpu(model):
         accelerated.graphs = StepGraphs(model, [block.stacks for block in blocks])
     return accelerated
