@@ -80,7 +80,7 @@ def test_linears_counted_for_flop_are_those_of_the_model(family: Family) -> None
 def test_with_all_parameters_trained_a_weight_costs_six_flop() -> None:
     forward = BLACKMAMBA.forward_flop(BLACKMAMBA_2_8B, {})
     assert forward.frozen == 0
-    assert train_flop(forward, 10, 999, recompute=False) == 3 * 10 * (forward.trained + forward.head)
+    assert train_flop(forward, 10, 999, recompute_frac=0) == 3 * 10 * (forward.trained + forward.head)
 
 
 @every_family

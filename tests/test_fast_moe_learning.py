@@ -57,6 +57,8 @@ def test_both_paths_learn_within_what_another_order_of_the_data_changes() -> Non
     difference = partial(map, lambda one, another: abs(one - another))
     from_stock = sum(difference(grouped, stock)) / NUM_STEPS
     between_seeds = sum(difference(other, stock)) / NUM_STEPS
-    print(f"\n{stock[0]:.2f} to {last(stock):.2f} nat; grouped against stock {from_stock:.2g}, seeds {between_seeds:.2g}")
+    print(
+        f"\n{stock[0]:.2f} to {last(stock):.2f} nat; grouped against stock {from_stock:.2g}, seeds {between_seeds:.2g}"
+    )
     assert from_stock <= between_seeds
     assert abs(last(grouped) - last(stock)) <= max(abs(last(other) - last(stock)), 0.05)

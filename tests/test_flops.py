@@ -89,14 +89,14 @@ def test_head_width_may_be_left_to_the_config() -> None:
 def test_a_frozen_base_costs_four_flop_a_weight_and_token_not_six() -> None:
     base_only = mixtral(2, NO_LORA)
     weights = (base_only.frozen + base_only.head) / 2
-    assert train_flop(base_only, 100, 0, recompute=False) == 4 * weights * 100
+    assert train_flop(base_only, 100, 0, recompute_frac=0) == 4 * weights * 100
 
 
 def test_adapters_and_attention_cost_three_forwards() -> None:
     only_lora = ForwardFlop(frozen=0, trained=10, head=0, head_is_trained=False, attention_per_key=0)
-    assert train_flop(only_lora, 7, 99, recompute=False) == 3 * 10 * 7
+    assert train_flop(only_lora, 7, 99, recompute_frac=0) == 3 * 10 * 7
     only_attention = ForwardFlop(frozen=0, trained=0, head=0, head_is_trained=False, attention_per_key=10)
-    assert train_flop(only_attention, 7, 99, recompute=False) == 3 * 10 * 99
+    assert train_flop(only_attention, 7, 99, recompute_frac=0) == 3 * 10 * 99
 
 
 @given(
@@ -107,9 +107,9 @@ def test_adapters_and_attention_cost_three_forwards() -> None:
 def test_recompute_is_one_more_forward_of_the_layers_without_the_head(
     forward: ForwardFlop, tokens: float, keys: float
 ) -> None:
-    extra = train_flop(forward, tokens, keys, recompute=True) - train_flop(forward, tokens, keys, recompute=False)
+    extra = train_flop(forward, tokens, keys, recompute_frac=1) - train_flop(forward, tokens, keys, recompute_frac=0)
     expected = (forward.frozen + forward.trained) * tokens + forward.attention_per_key * keys
-    assert extra == pytest.approx(expected, rel=1e-6, abs=1e-9 * train_flop(forward, tokens, keys, recompute=True))
+    assert extra == pytest.approx(expected, rel=1e-6, abs=1e-9 * train_flop(forward, tokens, keys, recompute_frac=1))
 
 
 @given(
@@ -124,14 +124,14 @@ def test_hardware_never_does_less_than_the_model(
 ) -> None:
     """HFU >= MFU: padding only adds slots and keys, recompute only adds a forward."""
     slots = length + padding
-    model = train_flop(forward, queries * length, queries * length**2 / 2, recompute=False)
-    assert train_flop(forward, queries * slots, queries * slots**2 / 2, recompute=recompute) >= model
+    model = train_flop(forward, queries * length, queries * length**2 / 2, recompute_frac=0)
+    assert train_flop(forward, queries * slots, queries * slots**2 / 2, recompute_frac=float(recompute)) >= model
 
 
 def test_a_whole_step_by_hand() -> None:
     """Batch 32 of length 128, sparse: FACTS.md's 312 TFLOP a step with recompute, attention and head."""
     tokens = 32 * 128
-    step = train_flop(mixtral(2), tokens, tokens * 128 / 2, recompute=True)
+    step = train_flop(mixtral(2), tokens, tokens * 128 / 2, recompute_frac=1)
     assert step == pytest.approx(312e12, rel=0.02)
 
 
