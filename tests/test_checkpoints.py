@@ -59,7 +59,7 @@ def write_converted(folder: Path, commit: str = BLACKMAMBA.revision) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("repo", {repo for repos in REPOS.values() for repo in repos}, ids=str)
+@pytest.mark.parametrize("repo", list(dict.fromkeys(repo for repos in REPOS.values() for repo in repos)), ids=str)
 def test_every_repository_is_pinned_to_a_full_commit(repo: HubRepo) -> None:
     assert re.fullmatch(r"[0-9a-f]{40}", repo.revision)
     assert repo.patterns
