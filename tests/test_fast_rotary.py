@@ -12,7 +12,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention, apply
 
 from tunescope.kernels import rotary
 from tunescope.models import fast_rotary
-from tunescope.models.fast_rotary import fuse_rotary, unfuse_rotary
+from tunescope.models.fast_rotary import fuse_rotary
+from tunescope.models.forwards import unfuse
 
 
 def angles(batch: int, length: int, width: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +74,7 @@ def test_a_models_attention_calls_it_and_gets_its_own_back(family: str, monkeypa
     torch.testing.assert_close(out.logits, stock_out.logits, rtol=1e-5, atol=1e-5)
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
-    unfuse_rotary(fused)
+    unfuse(fused)
     out, _ = step(model, tokens())
     assert len(calls) == 2
     torch.testing.assert_close(out.logits, stock_out.logits, rtol=0, atol=0)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from tunescope.kernels import frozen_norm
-from tunescope.models.fast_norms import fuse_norms, unfuse_norms
+from tunescope.models.fast_norms import fuse_norms
+from tunescope.models.forwards import unfuse
 
 EPS = 1e-5
 shapes = st.tuples(st.integers(1, 7), st.sampled_from([1, 8, 96, 128, 1000]))
@@ -75,7 +76,7 @@ def test_of_a_model_and_back(family: str) -> None:
     assert len(fused) >= 5
     assert fuse_norms(model) == []
     torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
-    unfuse_norms(fused)
+    unfuse(fused)
     torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=0, atol=0)
 
 

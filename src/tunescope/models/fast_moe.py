@@ -22,8 +22,9 @@ from tunescope.models.fast_moe_function import run_experts
 from tunescope.models.fast_moe_linears import compute_dtype, read_linears
 from tunescope.models.fast_moe_recompute import StepMemory, layers_to_recompute, set_checkpointed
 from tunescope.models.fast_moe_stacks import ExpertStacks
-from tunescope.models.fast_norms import fuse_norms, unfuse_norms
-from tunescope.models.fast_rotary import fuse_rotary, unfuse_rotary
+from tunescope.models.fast_norms import fuse_norms
+from tunescope.models.fast_rotary import fuse_rotary
+from tunescope.models.forwards import unfuse
 from tunescope.models.step_graphs import StepGraphs
 
 
@@ -52,16 +53,14 @@ class AcceleratedMoe:
 
     def __init__(self, blocks: list["_GroupedBlock"], layers: list[Any], checkpointed: tuple[int, ...] | None) -> None:
         self._blocks = blocks
-        self._norms: list[nn.Module] = []
-        self._attentions: list[nn.Module] = []
+        self._fused: list[nn.Module] = []
         self._switched = [] if checkpointed is None else set_checkpointed(layers, checkpointed)
         self.num_blocks = len(blocks)
         self.checkpointed_layers = tuple(i for i, layer in enumerate(layers) if layer.gradient_checkpointing)
 
     def fuse_the_rest(self, model: nn.Module) -> None:
         """What is no expert's."""
-        self._norms = fuse_norms(model)
-        self._attentions = fuse_rotary(model)
+        self._fused = [*fuse_norms(model), *fuse_rotary(model)]
 
     def restore(self) -> None:
         """The stock forward, checkpointing and memory layout again, with the weights as trained. Safe to call twice."""
@@ -70,9 +69,8 @@ class AcceleratedMoe:
         for block in self._blocks:
             block.detach()
         self._blocks = []
-        unfuse_norms(self._norms)
-        unfuse_rotary(self._attentions)
-        self._norms, self._attentions = [], []
+        unfuse(self._fused)
+        self._fused = []
         for layer, was_checkpointed in self._switched:
             layer.gradient_checkpointing = was_checkpointed
         self._switched = []

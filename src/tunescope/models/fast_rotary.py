@@ -11,32 +11,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from tunescope.kernels.rotary import rotate, takes
+from tunescope.models.forwards import is_untouched
 
 _CLASSES = ("MixtralAttention", "Qwen3MoeAttention")
 _NAME = "apply_rotary_pos_emb"
 
 
 def fuse_rotary(model: nn.Module) -> list[nn.Module]:
-    """Replaces forward of every attention that is known, and returns those modules, for unfuse_rotary()."""
+    """Replaces forward of every attention that is known, and returns those modules, for unfuse()."""
     fused = []
     for module in model.modules():
-        if _is_known(module):
+        if is_untouched(module, _CLASSES) and _calls_it(type(module)):
             module.forward = MethodType(_with_fused_rotary(type(module)), module)
             fused.append(module)
     return fused
 
 
-def unfuse_rotary(modules: list[nn.Module]) -> None:
-    for module in modules:
-        vars(module).pop("forward", None)
-
-
-def _is_known(module: Any) -> bool:
-    kind = type(module)
-    if kind.__name__ not in _CLASSES or not kind.__module__.startswith("transformers.models."):
-        return False
+def _calls_it(kind: Any) -> bool:
     own = inspect.unwrap(kind.forward)
-    return "forward" not in vars(module) and isinstance(own, FunctionType) and _NAME in own.__code__.co_names
+    return isinstance(own, FunctionType) and _NAME in own.__code__.co_names
 
 
 def _with_fused_rotary(kind: Any) -> FunctionType:
